@@ -1,0 +1,96 @@
+"""One process, or data parallel: every rank holds the whole model (Accelerate's DistributedDataParallel)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, DistributedType
+from accelerate.utils import GradientAccumulationPlugin
+from torch import Tensor, nn
+
+from pipeline.backend import engine_files
+from pipeline.backend.base import Backend, Criterion, Mixed, Stepped, StepOptions
+from pipeline.backend.world import World
+from shards.errors import UserError
+
+WARM_UP_PASSES = 2
+
+
+class DDP(Backend):
+    """Gradients are averaged over ranks in the last micro-batch's backward pass."""
+
+    def __init__(self, world: World, model: nn.Module, optimizer: torch.optim.Optimizer, options: StepOptions) -> None:
+        self.accelerator = Accelerator(
+            cpu=world.device.type == "cpu",
+            mixed_precision="no",
+            gradient_accumulation_plugin=accumulation_plugin(options.accumulation),
+        )
+        super().__init__(world, self.accelerator.prepare_model(model), optimizer, options)
+        self._check()
+
+    @property
+    def module(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model)
+
+    def step(self, criterion: Criterion, batches: Sequence[Mixed]) -> Stepped:
+        loss = self._backward(criterion, batches)
+        norm = clip(self.model, self.options.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return Stepped(loss, norm)
+
+    def warm_up(self, criterion: Criterion, batch: Mixed) -> None:
+        """DDP re-orders its buckets after its first backward pass; a resumed run must sum in the order of one that
+        went on, so every start makes discarded passes first (of which RNG and buffers are put back)."""
+        if self.world.size == 1:
+            return
+        buffers = [buffer.clone() for buffer in self.module.buffers()]
+        devices = [self.world.device] if self.world.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            for _ in range(WARM_UP_PASSES):
+                self.forward_loss(criterion, batch).backward()
+        self.optimizer.zero_grad()
+        for buffer, kept in zip(self.module.buffers(), buffers, strict=True):
+            buffer.copy_(kept)
+
+    def save_engine(self, directory: Path) -> None:
+        engine_files.save(self.module, self.optimizer, directory)
+
+    def load_engine(self, directory: Path) -> None:
+        engine_files.load(self.module, self.optimizer, directory)
+
+    def full_weights(self) -> dict[str, Tensor]:
+        return engine_files.full_weights(self.module) if self.world.is_main else {}
+
+    def close(self) -> None:
+        self.accelerator.free_memory()
+        AcceleratorState._reset_state()
+
+    def _backward(self, criterion: Criterion, batches: Sequence[Mixed]) -> Tensor:
+        losses = []
+        for batch in batches:
+            with self.accelerator.accumulate(self.model):
+                loss = self.forward_loss(criterion, batch)
+                self.accelerator.backward(loss)
+            losses.append(loss.detach())
+        return torch.stack(losses).mean()
+
+    def _check(self) -> None:
+        kinds = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU) if self.world.size > 1 else (DistributedType.NO,)
+        wrapped = isinstance(self.model, nn.parallel.DistributedDataParallel)
+        if self.world.size > 1 and not (self.accelerator.distributed_type in kinds and wrapped):
+            raise UserError(
+                f"DDP over {self.world.size} ranks was asked for, but Accelerate made {self.accelerator.distributed_type} "
+                "of it: ranks would train apart; start through ds_configs/ddp_*.yaml"
+            )
+
+
+def accumulation_plugin(accumulation: int) -> GradientAccumulationPlugin:
+    """Steps are counted by us alone, whatever loader Accelerate believes to see."""
+    return GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False)
+
+
+def clip(model: nn.Module, clip_norm: float) -> Tensor:
+    """The global gradient norm, which clipping brings down to `clip_norm` (0: measured only)."""
+    return nn.utils.clip_grad_norm_(model.parameters(), clip_norm or float("inf"))

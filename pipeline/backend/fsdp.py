@@ -1,0 +1,68 @@
+"""FSDP2: parameters, gradients and optimizer states in shards, by torch's `fully_shard`, on CPU and GPU alike."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from pipeline.backend import engine_files
+from pipeline.backend.base import Backend, Criterion, Mixed, Stepped
+from pipeline.backend.ddp import clip
+from pipeline.backend.world import World
+from shards.errors import UserError
+
+
+class FSDP(Backend):
+    """Layers are gathered one at a time; gradients are reduced in the last micro-batch's backward pass."""
+
+    def step(self, criterion: Criterion, batches: Sequence[Mixed]) -> Stepped:
+        losses = []
+        for position, batch in enumerate(batches, start=1):
+            self.model.set_requires_gradient_sync(position == len(batches))
+            loss = self.forward_loss(criterion, batch)
+            (loss / len(batches)).backward()
+            losses.append(loss.detach())
+        norm = clip(self.model, self.options.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return Stepped(torch.stack(losses).mean(), norm.full_tensor())
+
+    def save_engine(self, directory: Path) -> None:
+        engine_files.save(self.model, self.optimizer, directory)
+
+    def load_engine(self, directory: Path) -> None:
+        engine_files.load(self.model, self.optimizer, directory)
+
+    def full_weights(self) -> dict[str, Tensor]:
+        return engine_files.full_weights(self.model)
+
+    def close(self) -> None:
+        """Nothing outlives the model here."""
+
+
+def shard(world: World, model: nn.Module) -> nn.Module:
+    """The model with every layer, and then the rest, sharded over all ranks; before the optimizer is built.
+
+    Raises UserError where the model's parameters are not what FSDP2 makes of them.
+    """
+    mesh = torch.distributed.init_device_mesh(world.device.type, (world.size,))
+    for layer in layers(model):
+        fully_shard(layer, mesh=mesh)
+    # Without this the root stays gathered after evaluation, and swapped-in averages would not reach it.
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    plain = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
+    if plain or not isinstance(model, FSDPModule):
+        raise UserError(
+            f"FSDP2 over {world.size} ranks was asked for, but {len(plain)} parameters are not sharded "
+            f"(first: {plain[:3]}): this is no model that fully_shard can take; start through ds_configs/ddp_*.yaml"
+        )
+    return model
+
+
+def layers(model: nn.Module) -> list[nn.Module]:
+    """The items of the model's longest list of modules: its layers."""
+    stacks = [child for child in model.children() if isinstance(child, nn.ModuleList | nn.Sequential)]
+    return list(max(stacks, key=len)) if stacks else []

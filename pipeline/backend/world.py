@@ -1,0 +1,149 @@
+"""The processes of a launch: who they are, where they compute, and the few words they exchange outside the model.
+
+One World lives as long as the launch; every stage of a chain builds its own Backend on it.
+"""
+
+import os
+import signal
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+
+from shards.errors import UserError
+
+TIMEOUT = timedelta(minutes=30)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+@dataclass(frozen=True)
+class World:
+    """Rank `rank` of `size`, training on `device` by `strategy` ("ddp", "fsdp" or "deepspeed")."""
+
+    strategy: str
+    rank: int
+    size: int
+    device: torch.device
+    stop: "StopFlag" = field(default_factory=lambda: StopFlag())
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            self.sum([0.0])
+
+    def sum(self, values: Iterable[float]) -> list[float]:
+        """Element-wise sum over ranks, in float64 on the CPU: it waits for the ranks, never for a device."""
+        total = torch.tensor(list(values), dtype=torch.float64)
+        if self.size > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, value: object) -> list[object]:
+        """The value of every rank, in rank order."""
+        values: list[object] = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def from_main(self, value: object) -> object:
+        """Rank 0's value, on every rank."""
+        box = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def should_stop(self) -> bool:
+        """Whether any rank was signalled to stop; the same answer on every rank."""
+        return self.sum([float(self.stop.raised)])[0] > 0
+
+
+class StopFlag:
+    """Raised by SIGTERM, SIGINT or SIGUSR1; a second one of the same kind does not interrupt the orderly exit."""
+
+    def __init__(self) -> None:
+        self.raised = False
+
+    def listen(self) -> None:
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._raise)
+
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        self.raised = True
+
+
+def start(device: str = "auto", processes: int = 0) -> World:
+    """Joins the launch that `accelerate launch`, torchrun or plain python began.
+
+    device "cpu", "cuda" or "auto" (CUDA where there is one); `processes` > 0 is the world size to insist on.
+    Raises UserError where CUDA was asked for and is not there, or the launcher started another number of processes.
+    """
+    device = _choose_device(device)
+    strategy = _take_strategy(os.environ)
+    if device == "cpu":
+        # DeepSpeed picks its accelerator when it is first imported; on a CUDA machine it would not be the CPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if not dist.is_initialized():
+        _join_group(device)
+    state = PartialState(cpu=device == "cpu")
+    world = World(strategy, state.process_index, state.num_processes, state.device)
+    _check(world, processes)
+    world.stop.listen()
+    return world
+
+
+def _choose_device(device: str) -> str:
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise UserError(
+            "runtime.device is 'cuda', but torch sees no CUDA device here (torch.cuda.is_available() is False): "
+            "run on a GPU machine with its driver, or pass --runtime.device cpu (slow; --debug for a laptop-sized run)"
+        )
+    return "cuda" if available and device != "cpu" else "cpu"
+
+
+def _take_strategy(environment: "os._Environ[str]") -> str:
+    """What the launch file asks for. FSDP's variables are removed: PartialState and Accelerator would act on them,
+    and on the CPU silently run DDP or N jobs of one process; our FSDP2 is `fully_shard` called directly."""
+    if environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        for name in [name for name in environment if name.startswith("FSDP_") or name == "ACCELERATE_USE_FSDP"]:
+            del environment[name]
+        return "fsdp"
+    if environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        return "deepspeed"
+    return "ddp"
+
+
+def _join_group(device: str) -> None:
+    """The process group of the launch; of one, without a launcher, so that nothing later needs to ask.
+
+    CPU tensors travel over gloo also on GPU machines: agreeing on something never waits for a device.
+    """
+    backend = "gloo"
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = "cpu:gloo,cuda:nccl"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    else:
+        dist.init_process_group(backend, timeout=TIMEOUT, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _check(world: World, processes: int) -> None:
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if world.size != launched:
+        raise UserError(
+            f"the launcher started {launched} processes (WORLD_SIZE), but Accelerate formed a world of {world.size}: "
+            "each would train alone on the same samples; start through a launch file of ds_configs/"
+        )
+    if processes and world.size != processes:
+        raise UserError(
+            f"runtime.processes asks for {processes} ranks, but the launcher started {world.size} ('accelerate launch "
+            "--cpu' always starts one, silently); start through a launch file of ds_configs/, which names num_processes"
+        )

@@ -1,0 +1,85 @@
+"""Several stages as one pipeline under one launch: what is finished is skipped, what was interrupted is resumed.
+
+Stages share the process group; each builds a backend of its own. Weights are handed over as a safetensors file.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from pipeline.backend import World
+from pipeline.recipe import Recipe, Runtime, flatten, validate
+from pipeline.record import RECIPE, check_same_recipe, read_outcome
+from pipeline.trainer import fit, launch, weights_path
+from shards.errors import UserError
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A recipe, and the name of the earlier stage whose averaged weights (raw, where it keeps no average) it starts
+    from, with new heads; "" starts as the recipe says."""
+
+    name: str
+    recipe: Recipe
+    start_from: str = ""
+
+
+def run(stages: Sequence[Stage], run_dir: str, runtime: Runtime) -> NoReturn:
+    """The main of a chain's recipe file. Every stage lives in a directory of its own name below `run_dir`."""
+    launch(lambda world: fit_all(place(stages, run_dir), world), runtime, Path(run_dir))
+
+
+def fit_all(stages: Sequence[Stage], world: World) -> str:
+    """Fits the stages in order; "done", or "requeue" as soon as one is stopped."""
+    for stage in stages:
+        validate(stage.recipe)
+    for stage in stages:
+        if world.from_main(is_finished(stage) if world.is_main else None):
+            _say(world, f"stage {stage.name}: finished before, skipped")
+            continue
+        _say(world, f"stage {stage.name}: {stage.recipe.run_dir}")
+        outcome = fit(stage.recipe, world)
+        if outcome != "done":
+            return outcome
+    return "done"
+
+
+def place(stages: Sequence[Stage], run_dir: str) -> list[Stage]:
+    """The stages with their run directories below `run_dir`, and start weights out of the earlier stages'.
+
+    Raises UserError where a stage starts from one that does not come before it.
+    """
+    placed: dict[str, Stage] = {}
+    for stage in stages:
+        recipe = dataclasses.replace(stage.recipe, run_dir=str(Path(run_dir) / stage.name))
+        if stage.start_from:
+            if stage.start_from not in placed:
+                raise UserError(
+                    f"stage '{stage.name}' starts from '{stage.start_from}', but before it come only {list(placed)}: "
+                    "name one of those, or put the stage later"
+                )
+            weights = handed_over(placed[stage.start_from].recipe)
+            recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, start=str(weights)))
+        placed[stage.name] = dataclasses.replace(stage, recipe=recipe)
+    return list(placed.values())
+
+
+def handed_over(recipe: Recipe) -> Path:
+    """The file of weights that a stage leaves to the next."""
+    return weights_path(Path(recipe.run_dir), "ema" if recipe.ema_decay else "model")
+
+
+def is_finished(stage: Stage) -> bool:
+    """Whether the stage needs no more work. Raises UserError where it was finished with another recipe."""
+    run_dir = Path(stage.recipe.run_dir)
+    finished = read_outcome(run_dir).get("outcome") == "done" and handed_over(stage.recipe).exists()
+    if finished:
+        check_same_recipe(run_dir / RECIPE, flatten(stage.recipe))
+    return finished
+
+
+def _say(world: World, message: str) -> None:
+    if world.is_main:
+        print(message, flush=True)

@@ -1,0 +1,85 @@
+"""Top-1 and top-5 of every head, every sample counted once on any number of ranks."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.augment import normalise
+from pipeline.backend import Backend
+from pipeline.data import PADDING, Batch
+from pipeline.loss import heads_of
+
+Variants = Mapping[str, Callable[[], AbstractContextManager]]
+COUNTS = ("top1", "top5", "loss")
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Evaluates a backend's model and its variants (prefix of the metric's name -> context that swaps weights in)."""
+
+    backend: Backend
+    head_names: tuple[str, ...]
+    variants: Variants
+    num_samples: int
+
+    def __call__(self, batches: Iterator[Batch]) -> dict[str, float] | None:
+        """{"memory_top1": .., "memory_top5": .., "memory_loss": .., ...}: shares of the split's samples, and the mean
+        cross-entropy of unsmoothed labels; None where a rank was told to stop before the end.
+
+        Raises RuntimeError unless exactly `num_samples` samples were counted.
+        """
+        module = self.backend.module
+        module.eval()
+        totals: dict[str, Tensor] = {}
+        try:
+            for batch in batches:
+                self._add(totals, batch)
+                if self.backend.world.should_stop():
+                    return None
+        finally:
+            module.train()
+        return self._reduce(totals)
+
+    @torch.no_grad()
+    def _add(self, totals: dict[str, Tensor], batch: Batch) -> None:
+        known = batch.ids != PADDING
+        kept = known.to(batch.labels.device)
+        images, labels = normalise(batch.images), batch.labels
+        for prefix, variant in self.variants.items():
+            with variant(), self.backend.autocast():
+                outputs = heads_of(self.backend.module(images))
+            for name, logits in zip(self.head_names, outputs, strict=True):
+                counts = torch.stack([*_scores(logits.float(), labels)])[:, kept].double().sum(dim=1)
+                totals[prefix + name] = totals.get(prefix + name, 0) + counts
+        totals["samples"] = totals.get("samples", 0) + known.sum().double()
+
+    def _reduce(self, totals: dict[str, Tensor]) -> dict[str, float]:
+        names = [name for name in totals if name != "samples"]
+        local = [totals["samples"].item(), *(count for name in names for count in totals[name].tolist())]
+        samples, *sums = self.backend.world.sum(local)
+        if samples != self.num_samples:
+            raise RuntimeError(
+                f"evaluation counted {samples:.0f} samples, but the split holds {self.num_samples}: its figures would "
+                "be wrong; this is a defect of the stream, please report it with the launch command"
+            )
+        keys = [f"{name}_{count}" for name in names for count in COUNTS]
+        return {key: total / samples for key, total in zip(keys, sums, strict=True)}
+
+
+def _scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Whether the label is first, and among the first five, and its cross-entropy; each float [B]."""
+    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    hits = (ranked == labels[:, None]).float()
+    return hits[:, 0], hits.sum(dim=1), F.cross_entropy(logits, labels, reduction="none")
+
+
+def head_names(model: nn.Module) -> tuple[str, ...]:
+    """What a model calls its heads ("memory" and "process" of ViTTM), made to return all of them in evaluation."""
+    if hasattr(model, "eval_head"):
+        model.eval_head = "both"
+        return ("memory", "process")
+    return ("head",)

@@ -1,0 +1,36 @@
+"""The training objective: one criterion for every head, added up unweighted, as the authors of ViTTM train."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over the batch. logits, targets: [B, C]; targets are probabilities."""
+    return F.cross_entropy(logits, targets)
+
+
+def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Summed over classes, mean over the batch. logits, targets: [B, C]; targets lie in 0 .. 1."""
+    return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / len(logits)
+
+
+CRITERIA: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": cross_entropy, "bce": binary_cross_entropy}
+
+
+class SummedOverHeads:
+    """criterion(outputs, targets): the sum over a model's heads, in fp32."""
+
+    def __init__(self, name: str) -> None:
+        self.criterion = CRITERIA[name]
+
+    def __call__(self, outputs: Tensor | tuple[Tensor, ...], targets: Tensor) -> Tensor:
+        losses = [self.criterion(logits.float(), targets) for logits in heads_of(outputs)]
+        return torch.stack(losses).sum()
+
+
+def heads_of(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The logits of each head, [B, C], of a model with one head or several."""
+    return outputs if isinstance(outputs, tuple) else (outputs,)

@@ -1,0 +1,271 @@
+"""What a run is: a frozen Recipe of typed sections, validated once, and the command line that overrides its fields."""
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+import tyro
+
+from shards.errors import UserError
+
+T = TypeVar("T")
+UNITS = ("epochs", "steps", "%")
+
+
+@dataclass(frozen=True)
+class Data:
+    path: str = "data/shards"
+    """Directory of shards with their index, as tools/make_shards.py writes it."""
+    train: str = "train"
+    """Split to train on."""
+    val: str = "val"
+    """Split to evaluate on."""
+    global_batch: int = 4096
+    """Samples of one optimizer step, over all ranks and micro-batches."""
+    accumulation: int = 1
+    """Micro-batches a rank runs forward and backward, one after the other, for one optimizer step."""
+    workers: int = 8
+    """Processes a rank that read, decode and augment."""
+
+
+@dataclass(frozen=True)
+class Augment:
+    image_size: int = 224
+    """Side of the square image that enters the model, in pixels."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Range of the crop's share of the image area."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Range of the crop's aspect ratio before it is resized to a square."""
+    hflip: float = 0.5
+    """Probability of a horizontal flip."""
+    randaugment_ops: int = 0
+    """RandAugment operations a sample; 0 switches RandAugment off."""
+    randaugment_magnitude: int = 9
+    """RandAugment magnitude, 0 to 30."""
+    erasing: float = 0.0
+    """Probability that a random box of a sample is erased."""
+    mixup: bool = False
+    """Mix pairs of samples by MixUp; with cutmix on too, one of both is drawn a step."""
+    cutmix: bool = False
+    """Mix pairs of samples by CutMix."""
+    mixup_alpha: float = 0.5
+    """Both parameters of the Beta distribution that the mixing weight is drawn from."""
+
+
+@dataclass(frozen=True)
+class Model:
+    name: str = "vittm_base"
+    """A model of timm's registry."""
+    memory_ps: int | None = None
+    """ViTTM: side of a memory patch, in pixels (None, here and below: the model's own default)."""
+    process_ps: int | None = None
+    """ViTTM: side of a process patch, in pixels."""
+    rw_head_type: str | None = None
+    """ViTTM: read-write head."""
+    latent_size_scale: int | None = None
+    """ViTTM: width over the latent width of the read-write head."""
+    fusion_type: str | None = None
+    """ViTTM: how what was read or written joins its stream."""
+    process_embedder_type: str | None = None
+    """ViTTM: where process tokens come from."""
+    embed_dim: int | None = None
+    """Width."""
+    depth: int | None = None
+    """Number of blocks."""
+    num_heads: int | None = None
+    """Attention heads a block."""
+    drop_path_rate: float | None = None
+    """Stochastic depth of the last block."""
+    start: str = ""
+    """A safetensors file of weights to start from, with new classification heads; empty starts from scratch."""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    name: Literal["adamw"] = "adamw"
+    """Optimizer."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the first and second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.03
+    """Decoupled weight decay, on every parameter as the authors of ViTTM have it."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    length: str = "300 epochs"
+    """How long to train: a number of epochs or steps."""
+    warmup: str = "10000 steps"
+    """Linear warm-up: a number of epochs or steps, or a percentage of the length."""
+    lr: float = 1.5e-4
+    """Learning rate after warm-up."""
+    warmup_lr: float = 1e-6
+    """Learning rate of the first step, where there is a warm-up."""
+    min_lr: float = 1e-7
+    """Learning rate at the end of the cosine, and after it."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    every: str = "1 epochs"
+    """How often to evaluate: epochs, steps, or a percentage of the length. The end is always evaluated."""
+    batch: int = 256
+    """Samples of one forward pass of a rank."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    every: str = "1 epochs"
+    """How often to save: epochs, steps, or a percentage of the length. The end is always saved."""
+    keep: int = 2
+    """Newest checkpoints to keep."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes CUDA where there is one."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the forward pass; weights and optimizer states stay fp32."""
+    processes: int = 0
+    """Refuse to start on another number of ranks than this; 0 takes what the launcher starts."""
+    log_every: str = "50 steps"
+    """How often to log: epochs, steps, or a percentage of the length."""
+    deterministic: bool = False
+    """Bitwise resume on CUDA through torch.use_deterministic_algorithms, at some cost of speed. CPU runs always are."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    run_dir: str = "runs/run"
+    """Where checkpoints, metrics, logs and the outcome go. An interrupted run there is resumed."""
+    seed: int = 0
+    """Key of every random draw."""
+    loss: Literal["ce", "bce"] = "ce"
+    """Cross-entropy, or binary cross-entropy summed over classes; of the memory and the process head, added up."""
+    ema_decay: float = 0.999
+    """Decay of the exponential moving average of the weights; 0 keeps none."""
+    data: Data = field(default_factory=Data)
+    augment: Augment = field(default_factory=Augment)
+    model: Model = field(default_factory=Model)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    runtime: Runtime = field(default_factory=Runtime)
+
+
+def parse(make: Callable[[str, bool], T], models: Sequence[str], description: str, args: Sequence[str] | None = None) -> T:
+    """The recipe of a command line: make(model, debug), with the fields that further options override.
+
+    models: what `--model` may be, the default first; `--debug` asks for the recipe's laptop-sized form. An unknown or
+    ill-typed option prints the nearest good ones and exits with code 2; `--help` explains every field.
+    """
+    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chooser.add_argument("--model", choices=models, default=models[0])
+    chooser.add_argument("--debug", action="store_true")
+    chosen, rest = chooser.parse_known_args(args)
+    recipe = make(chosen.model, chosen.debug)
+    usage = (
+        f"--model {{{','.join(models)}}} picks the recipe (here {chosen.model}), --debug its laptop-sized form; "
+        "every option below overrides one field of it."
+    )
+    return tyro.cli(type(recipe), default=recipe, description=f"{description}\n\n{usage}", args=rest)
+
+
+def num_steps(duration: str, batches_per_epoch: int, total: int = 0) -> int:
+    """Optimizer steps of a duration such as "300 epochs", "10000 steps" or "2%" (of `total` steps), rounded, at least 0.
+
+    Raises UserError where the text is no such duration.
+    """
+    number, unit = _split_duration(duration)
+    scale = {"epochs": batches_per_epoch, "steps": 1, "%": total / 100}[unit]
+    return round(number * scale)
+
+
+def validate(recipe: Recipe) -> None:
+    """Raises one UserError that lists everything about the recipe alone that cannot work."""
+    found = [*_duration_errors(recipe), *_range_errors(recipe)]
+    if found:
+        raise UserError("the recipe cannot run:\n" + "\n".join(f"  - {message}" for message in found))
+
+
+def flatten(recipe: object, prefix: str = "") -> dict[str, object]:
+    """{"data.path": ..., ...}: every leaf of a recipe by its name on the command line."""
+    leaves: dict[str, object] = {}
+    for item in dataclasses.fields(recipe):  # type: ignore[arg-type]
+        value = getattr(recipe, item.name)
+        if dataclasses.is_dataclass(value):
+            leaves |= flatten(value, f"{prefix}{item.name}.")
+        else:
+            leaves[prefix + item.name] = list(value) if isinstance(value, tuple) else value
+    return leaves
+
+
+def _split_duration(duration: str) -> tuple[float, str]:
+    number, unit = duration.removesuffix("%"), "%"
+    if not duration.endswith("%"):
+        number, _, unit = duration.strip().partition(" ")
+        unit = unit.strip().rstrip("s") + "s"
+    try:
+        value = float(number)
+    except ValueError:
+        value = -1.0
+    if unit not in UNITS or not 0 <= value < float("inf"):
+        raise UserError(
+            f"'{duration}' is no duration: it takes a number, 0 or more, and a unit, as '300 epochs', '10000 steps' or '2%'"
+        )
+    return value, unit
+
+
+def _duration_errors(recipe: Recipe) -> list[str]:
+    durations = {
+        "schedule.length": recipe.schedule.length,
+        "schedule.warmup": recipe.schedule.warmup,
+        "evaluation.every": recipe.evaluation.every,
+        "checkpoint.every": recipe.checkpoint.every,
+        "runtime.log_every": recipe.runtime.log_every,
+    }
+    found = []
+    for name, duration in durations.items():
+        try:
+            number, unit = _split_duration(duration)
+        except UserError as error:
+            found.append(f"{name}: {error}")
+            continue
+        if name == "schedule.length" and unit == "%":
+            found.append(f"{name} '{duration}': a percentage of itself; give epochs or steps")
+        if name != "schedule.warmup" and number == 0:
+            found.append(f"{name} '{duration}': must be above 0")
+    return found
+
+
+def _range_errors(recipe: Recipe) -> list[str]:
+    leaves = flatten(recipe)
+    positive = ("data.global_batch", "data.accumulation", "augment.image_size", "evaluation.batch", "checkpoint.keep")
+    shares = ("augment.hflip", "augment.erasing", "ema_decay")
+    rates = ("schedule.lr", "schedule.warmup_lr", "schedule.min_lr", "optimizer.weight_decay", "optimizer.clip_norm")
+    counts = ("data.workers", "runtime.processes", "augment.randaugment_ops")
+    limits = [
+        *((name, 1, float("inf")) for name in positive),
+        *((name, 0, 1) for name in shares),
+        *((name, 0, float("inf")) for name in (*rates, *counts)),
+        ("augment.randaugment_magnitude", 0, 30),
+    ]
+    found = [
+        f"{name} {leaves[name]}: must lie in {low} .. {high}"
+        for name, low, high in limits
+        if not low <= leaves[name] <= high  # type: ignore[operator]
+    ]
+    for name in ("augment.crop_scale", "augment.crop_ratio"):
+        low, high = leaves[name]  # type: ignore[misc]
+        if not 0 < low <= high:
+            found.append(f"{name} {low} {high}: must be 0 < low <= high")
+    if (recipe.augment.mixup or recipe.augment.cutmix) and recipe.augment.mixup_alpha <= 0:
+        found.append(f"augment.mixup_alpha {recipe.augment.mixup_alpha}: must be above 0 while mixup or cutmix is on")
+    return found

@@ -1,0 +1,158 @@
+"""What a run leaves to be read: metrics.jsonl, TensorBoard, the progress bar, recipe.json and outcome.json."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from pipeline.recipe import Recipe, flatten
+from shards.errors import UserError
+
+METRICS = "metrics.jsonl"
+OUTCOME = "outcome.json"
+RECIPE = "recipe.json"
+MAY_CHANGE = ("run_dir", "runtime.", "checkpoint.", "data.path", "data.workers", "evaluation.batch")
+"""Fields that a resumed run may change: they decide how, not what, is computed (the index has its own fingerprint)."""
+
+
+class Record:
+    """The record of one run, written by rank 0; on other ranks every method does nothing.
+
+    `step` counts finished optimizer steps. A line is one JSON object: a logged step, or an evaluation ("split").
+    """
+
+    def __init__(self, run_dir: Path, is_main: bool) -> None:
+        self.run_dir = run_dir
+        self.is_main = is_main
+
+    @contextmanager
+    def open(self, start: int, total: int) -> Iterator[None]:
+        """Cuts what an earlier attempt wrote past `start`, then appends."""
+        if not self.is_main:
+            yield
+            return
+        cut_metrics(self.run_dir / METRICS, start)
+        board = SummaryWriter(self.run_dir / "tensorboard", purge_step=start + 1)
+        bar = tqdm(initial=start, total=total, unit="step", disable=None, dynamic_ncols=True)
+        with (self.run_dir / METRICS).open("a") as self._file, board as self._board, bar as self._bar:
+            self._started, self._start, self._total = time.monotonic(), start, total
+            yield
+
+    def step(self, step: int) -> None:
+        if self.is_main:
+            self._bar.update(step - self._bar.n)
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """One line for a logged step, as it is in TensorBoard and beside the bar (or printed, without a terminal)."""
+        if self.is_main:
+            self._write({"step": step, **values})
+            self._bar.set_postfix_str(_brief(values))
+            if self._bar.disable:
+                print(f"step {step}/{self._total}  {_brief(values)}  ETA {self._eta(step)}", flush=True)
+
+    def evaluation(self, step: int, split: str, values: dict[str, float]) -> None:
+        if self.is_main:
+            self._write({"step": step, "split": split, **values})
+            brief = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name.endswith("top1"))
+            self._bar.write(f"step {step}  {split}: {brief}")
+
+    def flush(self) -> None:
+        """Metrics reach the disk before the checkpoint that continues them."""
+        if self.is_main:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._board.flush()
+
+    def _write(self, line: dict) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for name, value in line.items():
+            if isinstance(value, float):
+                self._board.add_scalar(f"{line.get('split', 'train')}/{name}", value, line["step"])
+
+    def _eta(self, step: int) -> str:
+        seconds = (time.monotonic() - self._started) / (step - self._start) * (self._total - step)
+        return tqdm.format_interval(seconds)
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Drops a torn last line, and every line after `step`; of `step` itself the evaluation, which a checkpoint of that
+    step precedes."""
+    if not path.exists():
+        return
+    kept = []
+    for text in path.read_text().splitlines(keepends=True):
+        line = _parse_line(text)
+        if line is not None and (line["step"] < step or (line["step"] == step and "split" not in line)):
+            kept.append(text)
+    _replace(path, "".join(kept))
+
+
+def write_outcome(run_dir: Path, outcome: str, step: int, reason: str, **more: float) -> None:
+    """outcome: "done", "requeue" or "error"; launch scripts read it, for launchers hide exit codes."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    _replace(run_dir / OUTCOME, json.dumps({"outcome": outcome, "step": step, "reason": reason, **more}) + "\n")
+
+
+def read_outcome(run_dir: Path) -> dict:
+    """The last outcome; {} where there is none."""
+    path = run_dir / OUTCOME
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def last_evaluation(run_dir: Path) -> dict[str, float]:
+    """The last evaluation in the metrics of a finished run."""
+    lines = [json.loads(text) for text in (run_dir / METRICS).read_text().splitlines()]
+    return [line for line in lines if "split" in line][-1]
+
+
+def keep_recipe(run_dir: Path, recipe: Recipe) -> None:
+    """Writes the resolved recipe; raises UserError where the run directory holds a run of another one."""
+    path = run_dir / RECIPE
+    fields = flatten(recipe)
+    if path.exists():
+        check_same_recipe(path, fields)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    _replace(path, json.dumps(fields, indent=1) + "\n")
+
+
+def check_same_recipe(path: Path, fields: dict[str, object]) -> None:
+    kept = json.loads(path.read_text())
+    changed = [
+        f"{name}: {kept.get(name)!r} there, {value!r} now"
+        for name, value in fields.items()
+        if kept.get(name) != value and not name.startswith(MAY_CHANGE)
+    ]
+    if changed:
+        raise UserError(
+            f"{path.parent} holds a run of another recipe, and continuing it with this one would make a mixture of both:\n"
+            + "\n".join(f"  - {text}" for text in changed)
+            + "\ngive those values to continue it, or another --run-dir to start anew"
+        )
+
+
+def _parse_line(text: str) -> dict | None:
+    try:
+        return json.loads(text) if text.endswith("\n") else None
+    except json.JSONDecodeError:
+        return None
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
+def _brief(values: dict[str, float]) -> str:
+    shown = {"loss": ".4f", "lr": ".2e", "grad_norm": ".3f", "images_per_second": ".0f", "data_wait": ".1%"}
+    return "  ".join(f"{name} {values[name]:{form}}" for name, form in shown.items() if math.isfinite(values[name]))

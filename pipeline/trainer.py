@@ -1,0 +1,219 @@
+"""fit(): the training loop; launch() and leave(): in and out of a process that trains.
+
+A checkpoint of a step is taken before the evaluation of that step; a run that resumes there evaluates first.
+"""
+
+import math
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from pipeline.backend import Stepped, World, start
+from pipeline.data import evaluation_batches
+from pipeline.prepare import Run, prepare
+from pipeline.recipe import Recipe, Runtime, flatten
+from pipeline.record import write_outcome
+from shards.errors import UserError
+
+EXIT_CODES = {"done": 0, "requeue": 75}
+EXIT_DEFECT = 1
+EXIT_USER_ERROR = 2
+
+
+def fit(recipe: Recipe, world: World) -> str:
+    """Trains the recipe to its end, from its newest checkpoint where there is one; "done", or "requeue" when stopped.
+
+    Raises UserError before the first step for whatever cannot work.
+    """
+    run = prepare(recipe, world)
+    outcome = train(run)
+    run.backend.close()
+    return outcome
+
+
+def train(run: Run) -> str:
+    """The loop. Each rank runs it in step with the others."""
+    total, every = run.durations.total, run.durations
+    meter = Meter(run.recipe.data.global_batch)
+    with run.record.open(run.start, total), run.stream.open(run.start, total) as batches:
+        if due(run.start, every.evaluate, total) and not evaluate(run, run.start):
+            return stop(run, run.start)
+        for step in range(run.start, total):
+            with meter.waiting():
+                micro_batches = next(batches)
+            run.backend.set_lr(run.schedule(step))
+            stepped = run.backend.step(run.criterion, [run.augment(batch) for batch in micro_batches])
+            if run.ema:
+                run.ema.update()
+            done = step + 1
+            run.record.step(done)
+            if due(done, every.log, total):
+                log(run, done, stepped, meter)
+            if run.world.should_stop():
+                return stop(run, done)
+            if due(done, every.save, total):
+                save(run, done)
+            if due(done, every.evaluate, total) and not evaluate(run, done):
+                return stop(run, done)
+        return finish(run)
+
+
+def due(step: int, every: int, total: int) -> bool:
+    """Whether what happens every `every` steps, and at the end, happens after `step` of them."""
+    return step > 0 and (step % every == 0 or step == total)
+
+
+class Meter:
+    """Images a second, and the share of the time spent waiting for data, since it was last read."""
+
+    def __init__(self, global_batch: int) -> None:
+        self.global_batch = global_batch
+        self._restart()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        before = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - before
+        self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        seconds = time.perf_counter() - self._since
+        values = {
+            "images_per_second": self._steps * self.global_batch / seconds,
+            "data_wait": self._waited / seconds,
+        }
+        self._restart()
+        return values
+
+    def _restart(self) -> None:
+        self._since, self._waited, self._steps = time.perf_counter(), 0.0, 0
+
+
+def log(run: Run, done: int, stepped: Stepped, meter: Meter) -> None:
+    """One line of metrics: the loss is the mean over the global batch. Raises UserError where it is not finite."""
+    loss = run.world.sum([stepped.loss.item()])[0] / run.world.size
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the loss is {loss} at step {done} (gradient norm {stepped.grad_norm.item()}, learning rate "
+            f"{run.schedule(done - 1):.3g}): training has diverged; the checkpoints before it are whole: lower "
+            "--schedule.lr, lengthen --schedule.warmup or clip harder, in a new --run-dir"
+        )
+    values = {
+        "epoch": done / run.stream.plan.batches_per_epoch,
+        "loss": loss,
+        "lr": run.schedule(done - 1),
+        "grad_norm": stepped.grad_norm.item(),
+    }
+    run.record.metrics(done, values | meter.read())
+
+
+def evaluate(run: Run, done: int) -> bool:
+    """Evaluates into the record; False where a rank was told to stop before the end of it."""
+    recipe = run.recipe
+    with evaluation_batches(run.validation, recipe.evaluation.batch, run.world, run.stream.loading) as batches:
+        values = run.evaluator(batches)
+    if values is not None:
+        run.record.evaluation(done, recipe.data.val, values)
+    return values is not None
+
+
+def save(run: Run, done: int) -> None:
+    """Commits a checkpoint of `done` steps, unless there is one."""
+    if run.saved == done:
+        return
+    run.record.flush()
+    state = {
+        "data": run.stream.state(done),
+        "ema_updates": run.ema.num_updates if run.ema else 0,
+        "seconds": run.seconds(),
+        "world": run.world.size,
+        "recipe": flatten(run.recipe),
+    }
+    run.checkpoints.save(done, run.backend, run.averages(), state)
+    run.saved = done
+
+
+def stop(run: Run, done: int) -> str:
+    """Saves, and asks to be started again."""
+    if done:
+        save(run, done)
+    if run.world.is_main:
+        write_outcome(run.run_dir, "requeue", done, "a signal asked the run to stop; start it again to go on")
+    return "requeue"
+
+
+def finish(run: Run) -> str:
+    """Writes the weights to hand over, and the outcome."""
+    export(run, "model")
+    if run.ema:
+        with run.ema.swap():
+            export(run, "ema")
+    if run.world.is_main:
+        images = run.durations.total * run.recipe.data.global_batch
+        reason = f"trained for {run.recipe.schedule.length}"
+        write_outcome(run.run_dir, "done", run.durations.total, reason, images=images, seconds=run.seconds())
+    run.world.barrier()
+    return "done"
+
+
+def export(run: Run, name: str) -> None:
+    """RUN/weights/NAME.safetensors: the whole model, as timm names its weights."""
+    weights = run.backend.full_weights()
+    if not run.world.is_main:
+        return
+    path = weights_path(run.run_dir, name)
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    save_file({key: tensor.contiguous() for key, tensor in weights.items()}, temporary, {"format": "pt"})
+    temporary.rename(path)
+
+
+def weights_path(run_dir: Path, name: str) -> Path:
+    """Where a finished run leaves its weights; name: "model" or "ema"."""
+    return run_dir / "weights" / f"{name}.safetensors"
+
+
+def run(recipe: Recipe) -> NoReturn:
+    """The main of a recipe file: trains it and exits with its outcome's code."""
+    launch(lambda world: fit(recipe, world), recipe.runtime, Path(recipe.run_dir))
+
+
+def launch(job: Callable[[World], str], runtime: Runtime, run_dir: Path) -> NoReturn:
+    """Joins the launch, does the job and leaves: code 0 done, 75 to be started again, 2 the user's error, 1 a defect."""
+    try:
+        outcome = job(start(runtime.device, runtime.processes))
+    except UserError as error:
+        fail(run_dir, EXIT_USER_ERROR, str(error))
+    except Exception as error:
+        traceback.print_exc()
+        fail(run_dir, EXIT_DEFECT, f"{type(error).__name__}: {error}")
+    dist.barrier()
+    leave(EXIT_CODES[outcome])
+
+
+def fail(run_dir: Path, code: int, reason: str) -> NoReturn:
+    """Says why and leaves, waiting for nobody: other ranks may be stuck in a collective that this one has left."""
+    print(f"error: {reason}", file=sys.stderr, flush=True)
+    try:
+        write_outcome(run_dir, "error", -1, reason)
+    except OSError as error:
+        print(f"error: {run_dir} takes no outcome.json: {error}", file=sys.stderr, flush=True)
+    leave(code)
+
+
+def leave(code: int) -> NoReturn:
+    """Exits. Gloo processes sometimes abort (-6) at interpreter exit, whatever is destroyed before: they skip it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if dist.is_initialized():
+        os._exit(code)
+    sys.exit(code)

@@ -1,0 +1,38 @@
+"""ViTTM-S or ViTTM-B from pretraining on ImageNet-21k-P to fine-tuning on ImageNet-1k, as one pipeline.
+
+Command:  accelerate launch --config_file ds_configs/ddp_gpu8.yaml recipes/chain.py --model vittm_base
+Stages:   pretrain (recipes/pretrain_21k.py), then finetune (recipes/finetune_1k.py) from its averaged weights with new
+          heads. A finished stage is skipped when the command is run again, an interrupted one resumed.
+Data, hardware, time, top-1: as those two files say.
+Options:  --pretrain.FIELD and --finetune.FIELD override a stage's recipe; the runtime's device and processes are
+          pretrain's for the whole launch.
+Debug:    --debug runs both debug forms, on any machine, in two minutes.
+"""
+
+from dataclasses import dataclass
+
+from pipeline import chain
+from pipeline.recipe import Recipe, parse
+from recipes import finetune_1k, pretrain_21k
+
+
+@dataclass(frozen=True)
+class Chain:
+    pretrain: Recipe
+    finetune: Recipe
+    run_dir: str
+    """Where the stages' run directories go."""
+
+
+def make(model: str, small: bool) -> Chain:
+    run_dir = f"runs/debug/chain/{model}" if small else f"runs/chain/{model}"
+    return Chain(pretrain_21k.make(model, small), finetune_1k.make(model, small), run_dir)
+
+
+def stages(of: Chain) -> list[chain.Stage]:
+    return [chain.Stage("pretrain", of.pretrain), chain.Stage("finetune", of.finetune, start_from="pretrain")]
+
+
+if __name__ == "__main__":
+    chosen = parse(make, pretrain_21k.MODELS, __doc__)
+    chain.run(stages(chosen), chosen.run_dir, chosen.pretrain.runtime)

@@ -1,0 +1,65 @@
+"""Pretrain ViTTM-S or ViTTM-B on ImageNet-21k-P, with the hyper-parameters of its authors (WACV 2025).
+
+Command:  accelerate launch --config_file ds_configs/ddp_gpu8.yaml recipes/pretrain_21k.py --model vittm_base
+Data:     data/imagenet21k-p (splits train and val), written by tools/make_shards.py
+Hardware: CUDA; 8 GPUs take 512 samples each at once. Fewer: raise --data.accumulation.
+Time:     300 epochs of 11,060,223 images; not measured here.
+Top-1:    not known; the authors give none for 21k-P.
+Differs:  from scratch, where the authors' program silently starts from timm's weights; mixing is drawn once a global
+          batch and pairs neighbours, where theirs draws once a rank.
+Debug:    --debug trains a model of 32 px on the formula-driven images of `make demo`, on any machine, in a minute.
+"""
+
+from pipeline.recipe import Augment, Checkpoint, Data, Evaluation, Model, Optimizer, Recipe, Runtime, Schedule, parse
+from pipeline.trainer import run
+
+MODELS = ("vittm_base", "vittm_small")
+
+
+def recipe(model: str) -> Recipe:
+    """The authors' settings, which are the same for both sizes."""
+    return Recipe(
+        run_dir=f"runs/pretrain_21k/{model}",
+        loss="ce",
+        ema_decay=0.999,
+        data=Data(path="data/imagenet21k-p", global_batch=4096, workers=16),
+        augment=Augment(image_size=224, randaugment_ops=2, randaugment_magnitude=15, mixup=True, mixup_alpha=0.5),
+        model=Model(
+            name=model,
+            memory_ps=28,
+            process_ps=28,
+            rw_head_type="lin",
+            latent_size_scale=4,
+            fusion_type="residual",
+            process_embedder_type="patch",
+            drop_path_rate=0.0,
+        ),
+        optimizer=Optimizer(weight_decay=0.03, clip_norm=1.0),
+        schedule=Schedule(length="300 epochs", warmup="10000 steps", lr=1.5e-4, warmup_lr=1e-6, min_lr=1e-7),
+        evaluation=Evaluation(every="1 epochs", batch=256),
+        checkpoint=Checkpoint(every="1 epochs", keep=2),
+        runtime=Runtime(device="cuda", precision="bf16", log_every="50 steps"),
+    )
+
+
+def debug(model: str) -> Recipe:
+    """The same experiment at 32 px, of a narrow and shallow model, on the demo's formula-driven images."""
+    return Recipe(
+        run_dir=f"runs/debug/pretrain/{model}",
+        ema_decay=0.9,
+        data=Data(path="data/demo/formula", global_batch=128, workers=1),
+        augment=Augment(image_size=32, randaugment_ops=2, randaugment_magnitude=15, mixup=True, mixup_alpha=0.5),
+        model=Model(name=model, memory_ps=4, process_ps=8, embed_dim=48, depth=2, num_heads=3),
+        schedule=Schedule(length="40 steps", warmup="10%", lr=1e-3, warmup_lr=1e-6, min_lr=1e-5),
+        evaluation=Evaluation(every="50%", batch=128),
+        checkpoint=Checkpoint(every="10 steps"),
+        runtime=Runtime(log_every="1 steps"),
+    )
+
+
+def make(model: str, small: bool) -> Recipe:
+    return debug(model) if small else recipe(model)
+
+
+if __name__ == "__main__":
+    run(parse(make, MODELS, __doc__))
