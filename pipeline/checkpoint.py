@@ -30,9 +30,10 @@ TEMPORARY = ".tmp"
 class Ranks(Protocol):
     """The part of a World that is needed here."""
 
-    rank: int
-    size: int
-
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
     @property
     def is_main(self) -> bool: ...
     def barrier(self) -> None: ...

@@ -8,7 +8,7 @@ import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -29,7 +29,8 @@ PADDING = -1
 class Transform(Protocol):
     """Bytes of an image and its uniform draws -> uint8 [3, H, W]."""
 
-    num_draws: int
+    @property
+    def num_draws(self) -> int: ...
 
     def __call__(self, data: bytes, draws: np.ndarray) -> np.ndarray: ...
 
@@ -137,8 +138,8 @@ class TrainStream:
         for name in ("fingerprint", "seed", "global_batch"):
             if state[name] != own[name]:
                 raise UserError(
-                    f"{where} was made with the data's {name} {state[name]}, but it is {own[name]} now: the rest of the "
-                    "epoch would repeat some samples and miss others; give the data and recipe it was made with, or "
+                    f"{where} was made with the data's {name} {state[name]}, but it is {own[name]} now: the rest of "
+                    "the epoch would repeat some samples and miss others; give the data and recipe it was made with, or "
                     "another --run-dir to start anew"
                 )
 
@@ -171,13 +172,13 @@ def evaluation_batches(samples: Samples, batch: int, world: World, loading: Load
 def _load(samples: Samples, requests: Iterable[Request], loading: Loading) -> Iterator[Iterator[Batch]]:
     loader = DataLoader(
         samples,
-        sampler=requests,  # type: ignore[arg-type]
+        sampler=requests,
         batch_size=None,
         num_workers=loading.workers,
         pin_memory=loading.device.type == "cuda",
         worker_init_fn=_leave_signals_to_trainer,
     )
-    batches = iter(loader)
+    batches: Any = iter(loader)  # its type has no _shutdown_workers, which a loader without workers has not either
     try:
         yield (batch.to(loading.device) for batch in batches)
     finally:

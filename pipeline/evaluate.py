@@ -80,6 +80,6 @@ def _scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def head_names(model: nn.Module) -> tuple[str, ...]:
     """What a model calls its heads ("memory" and "process" of ViTTM), made to return all of them in evaluation."""
     if hasattr(model, "eval_head"):
-        model.eval_head = "both"
+        setattr(model, "eval_head", "both")  # noqa: B010 - nn.Module's own attributes are typed as tensors
         return ("memory", "process")
     return ("head",)

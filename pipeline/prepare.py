@@ -1,4 +1,4 @@
-"""From a recipe to a Run: everything is built and checked here, so that what cannot work fails before the first step."""
+"""From a recipe to a Run: built and checked here, so that what cannot work fails before the first step."""
 
 import difflib
 import functools
@@ -19,7 +19,7 @@ from pipeline.backend import Backend, Criterion, StepOptions, World, wrap
 from pipeline.checkpoint import Checkpoints
 from pipeline.data import DeviceAugment, Loading, Samples, TrainStream
 from pipeline.ema import EMA
-from pipeline.evaluate import Evaluator, head_names
+from pipeline.evaluate import Evaluator, Variants, head_names
 from pipeline.loss import SummedOverHeads
 from pipeline.models.load import load_start
 from pipeline.optim import WarmupCosine, adamw
@@ -41,97 +41,104 @@ class Durations:
     evaluate: int
 
 
-@dataclass
-class Run:
-    """What the loop works with, on one rank. `start` steps were done when it was built, `saved` is the last saved."""
+@dataclass(frozen=True)
+class Input:
+    """Samples on their way to the model."""
 
-    recipe: Recipe
-    world: World
-    durations: Durations
-    schedule: WarmupCosine
     stream: TrainStream
     augment: DeviceAugment
     validation: Samples
+
+
+@dataclass(frozen=True)
+class Learner:
+    """The model and what moves and judges it."""
+
     backend: Backend
     criterion: Criterion
+    schedule: WarmupCosine
     ema: EMA | None
     evaluator: Evaluator
-    checkpoints: Checkpoints
-    record: Record
-    start: int = 0
-    saved: int = 0
-    seconds_before: float = 0.0
-    started: float = field(default_factory=time.monotonic)
-
-    @property
-    def run_dir(self) -> Path:
-        return Path(self.recipe.run_dir)
-
-    def seconds(self) -> float:
-        """Time spent in this run, earlier attempts included up to the checkpoint they were continued from."""
-        return self.seconds_before + time.monotonic() - self.started
 
     def averages(self) -> dict[str, Tensor]:
         return self.ema.state() if self.ema else {}
 
 
+@dataclass
+class Progress:
+    """`start` steps were done when the run was built; `saved` are in its newest checkpoint."""
+
+    start: int = 0
+    saved: int = 0
+    seconds_before: float = 0.0
+    began: float = field(default_factory=time.monotonic)
+
+    def seconds(self) -> float:
+        """Time spent on the run, earlier attempts included up to the checkpoint they were continued from."""
+        return self.seconds_before + time.monotonic() - self.began
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the loop works with, on one rank."""
+
+    recipe: Recipe
+    world: World
+    durations: Durations
+    input: Input
+    learner: Learner
+    checkpoints: Checkpoints
+    record: Record
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.recipe.run_dir)
+
+
 def prepare(recipe: Recipe, world: World) -> Run:
     """The run of a recipe on this rank, ready for the step after its newest checkpoint.
 
-    Raises UserError for whatever cannot work: it is said before anything is trained.
+    Raises UserError for whatever cannot work.
     """
     validate(recipe)
     mixes = recipe.augment.mixup or recipe.augment.cutmix
     check_layout(recipe.data.global_batch, world.size, recipe.data.accumulation, pairs=mixes)
     make_deterministic(recipe)
     index = Index.load(recipe.data.path)
-    stream, validation = make_streams(recipe, index, world)
-    schedule, durations = make_schedule(recipe, stream.plan.batches_per_epoch)
+    given = make_input(recipe, index, world)
+    schedule, durations = make_schedule(recipe, given.stream.plan.batches_per_epoch)
+    run_dir = Path(recipe.run_dir)
     if world.is_main:
-        keep_recipe(Path(recipe.run_dir), recipe)
-    checkpoints = Checkpoints(Path(recipe.run_dir) / "checkpoints", world, recipe.checkpoint.keep)
+        keep_recipe(run_dir, recipe)
+    checkpoints = Checkpoints(run_dir / "checkpoints", world, recipe.checkpoint.keep)
     newest = checkpoints.newest()
-    model = make_model(recipe, index.num_classes, fresh=newest is None, say=world.is_main)
-    names = head_names(model)
-    backend = make_backend(recipe, world, model)
-    ema = EMA(backend.parameters(), recipe.ema_decay) if recipe.ema_decay else None
-    run = Run(
-        recipe=recipe,
-        world=world,
-        durations=durations,
-        schedule=schedule,
-        stream=stream,
-        augment=make_device_augment(recipe, index.num_classes),
-        validation=validation,
-        backend=backend,
-        criterion=SummedOverHeads(recipe.loss),
-        ema=ema,
-        evaluator=Evaluator(
-            backend, names, {"": nullcontext} | ({"ema_": ema.swap} if ema else {}), len(validation.reader)
-        ),
-        checkpoints=checkpoints,
-        record=Record(Path(recipe.run_dir), world.is_main),
-    )
+    model = make_model(recipe, index.num_classes)
+    if recipe.model.start and newest is None:
+        start_from(model, recipe.model.start, say=world.is_main)
+    learner = make_learner(recipe, world, model, schedule, len(given.validation.reader))
+    run = Run(recipe, world, durations, given, learner, checkpoints, Record(run_dir, world.is_main))
     begin(run, newest)
     return run
 
 
 def begin(run: Run, newest: Path | None) -> None:
     """Restores the newest checkpoint, or starts the RNG of this rank; then warms the backend up."""
-    run.stream.check_disjoint()
+    learner, progress = run.learner, run.progress
+    run.input.stream.check_disjoint()
     seed = np.random.SeedSequence((run.recipe.seed, run.world.rank)).generate_state(1, np.uint64)[0]
     torch.manual_seed(int(seed))
     if newest is not None:
-        state = run.checkpoints.load(newest, run.backend, run.averages())
-        run.stream.check_state(state["data"], newest)
-        run.start = run.saved = state["step"]
-        run.seconds_before = state["seconds"]
-        if run.ema:
-            run.ema.num_updates = state["ema_updates"]
-    run.backend.warm_up(run.criterion, _blank(run))
+        state = run.checkpoints.load(newest, learner.backend, learner.averages())
+        run.input.stream.check_state(state["data"], newest)
+        progress.start = progress.saved = state["step"]
+        progress.seconds_before = state["seconds"]
+        if learner.ema:
+            learner.ema.num_updates = state["ema_updates"]
+    learner.backend.warm_up(learner.criterion, _blank(run))
 
 
-def make_streams(recipe: Recipe, index: Index, world: World) -> tuple[TrainStream, Samples]:
+def make_input(recipe: Recipe, index: Index, world: World) -> Input:
     data, augment = recipe.data, recipe.augment
     transform = TrainTransform(
         augment.image_size,
@@ -144,8 +151,10 @@ def make_streams(recipe: Recipe, index: Index, world: World) -> tuple[TrainStrea
     train = Samples(Reader(index, data.train), transform, recipe.seed)
     validation = Samples(Reader(index, data.val), EvalTransform(augment.image_size), recipe.seed)
     plan = Plan(len(train.reader), index.fingerprint(data.train), recipe.seed, data.global_batch)
-    loading = Loading(data.workers, world.device)
-    return TrainStream(train, plan, world, data.accumulation, loading), validation
+    stream = TrainStream(train, plan, world, data.accumulation, Loading(data.workers, world.device))
+    mixing = Mixing(augment.mixup, augment.cutmix, augment.mixup_alpha)
+    on_device = DeviceAugment(index.num_classes, recipe.seed, augment.erasing, mixing)
+    return Input(stream, on_device, validation)
 
 
 def make_schedule(recipe: Recipe, batches_per_epoch: int) -> tuple[WarmupCosine, Durations]:
@@ -155,8 +164,9 @@ def make_schedule(recipe: Recipe, batches_per_epoch: int) -> tuple[WarmupCosine,
     warmup = num_steps(section.warmup, batches_per_epoch, total)
     if total < 1 or warmup >= total:
         raise UserError(
-            f"schedule.warmup '{section.warmup}' is {warmup} steps, but schedule.length '{section.length}' is only {total} "
-            f"({batches_per_epoch} steps an epoch): the learning rate would never be reached; train longer or warm up less"
+            f"schedule.warmup '{section.warmup}' is {warmup} steps, but schedule.length '{section.length}' is only "
+            f"{total} ({batches_per_epoch} steps an epoch): the learning rate would never be reached; train longer or "
+            "warm up less"
         )
 
     def steps(duration: str) -> int:
@@ -168,49 +178,45 @@ def make_schedule(recipe: Recipe, batches_per_epoch: int) -> tuple[WarmupCosine,
     return WarmupCosine(section.lr, section.warmup_lr, section.min_lr, warmup, total), durations
 
 
-def make_model(recipe: Recipe, num_classes: int, fresh: bool, say: bool) -> nn.Module:
-    """The model on the CPU, initialised by the recipe's seed; with its start weights where the run is a fresh one.
+def make_model(recipe: Recipe, num_classes: int) -> nn.Module:
+    """The model on the CPU, initialised by the recipe's seed, the same on every rank.
 
-    Raises UserError for an unknown model, options that it does not take, and start weights of another model.
+    Raises UserError for an unknown model and for options that it does not take.
     """
     section = recipe.model
     torch.manual_seed(recipe.seed)
     options = {name: value for name, value in vars(section).items() if name not in ("name", "start")}
     given = {name: value for name, value in options.items() if value is not None}
-    try:
-        model = timm.create_model(section.name, num_classes=num_classes, img_size=recipe.augment.image_size, **given)
-    except RuntimeError as error:
+    if not timm.is_model(section.name):
         near = difflib.get_close_matches(section.name, timm.list_models(), n=3)
-        raise UserError(
-            f"model.name '{section.name}' is not in timm's registry ({error}); the nearest names are {near}"
-        ) from None
+        raise UserError(f"model.name '{section.name}' is not in timm's registry; the nearest names there are {near}")
+    try:
+        return timm.create_model(section.name, num_classes=num_classes, img_size=recipe.augment.image_size, **given)
     except TypeError as error:
-        raise UserError(f"model.name '{section.name}' does not take the options {given}: {error}") from None
-    if section.start and fresh:
-        loaded = load_start(model, section.start, new_heads=True)
-        if say:
-            print(
-                f"start weights {section.start}: {len(loaded.loaded)} loaded, made new: {', '.join(loaded.made_new)}; "
-                f"dropped: {', '.join(loaded.dropped) or 'none'}",
-                flush=True,
-            )
-    return model
+        raise UserError(f"model.name '{section.name}' does not take the options {given}: {error}") from error
 
 
-def make_backend(recipe: Recipe, world: World, model: nn.Module) -> Backend:
+def start_from(model: nn.Module, path: str, say: bool) -> None:
+    """Start weights with new heads. Raises UserError where they are of another model."""
+    loaded = load_start(model, path, new_heads=True)
+    if say:
+        made_new, dropped = ", ".join(loaded.made_new), ", ".join(loaded.dropped) or "none"
+        print(
+            f"start weights {path}: {len(loaded.loaded)} loaded; made new: {made_new}; dropped: {dropped}", flush=True
+        )
+
+
+def make_learner(recipe: Recipe, world: World, model: nn.Module, schedule: WarmupCosine, num_evaluated: int) -> Learner:
     section = recipe.optimizer
-    make_optimizer = functools.partial(
-        adamw, betas=section.betas, eps=section.eps, weight_decay=section.weight_decay
-    )
+    names = head_names(model)
+    make_optimizer = functools.partial(adamw, betas=section.betas, eps=section.eps, weight_decay=section.weight_decay)
     options = StepOptions(recipe.data.accumulation, section.clip_norm, recipe.runtime.precision == "bf16")
     micro_batch = recipe.data.global_batch // world.size // recipe.data.accumulation
-    return wrap(world, model, make_optimizer, micro_batch, options)
-
-
-def make_device_augment(recipe: Recipe, num_classes: int) -> DeviceAugment:
-    section = recipe.augment
-    mixing = Mixing(section.mixup, section.cutmix, section.mixup_alpha)
-    return DeviceAugment(num_classes, recipe.seed, section.erasing, mixing)
+    backend = wrap(world, model, make_optimizer, micro_batch, options)
+    ema = EMA(backend.parameters(), recipe.ema_decay) if recipe.ema_decay else None
+    variants: Variants = {"": nullcontext} | ({"ema_": ema.swap} if ema else {})
+    evaluator = Evaluator(backend, names, variants, num_evaluated)
+    return Learner(backend, SummedOverHeads(recipe.loss), schedule, ema, evaluator)
 
 
 def make_deterministic(recipe: Recipe) -> None:
@@ -222,7 +228,7 @@ def make_deterministic(recipe: Recipe) -> None:
 
 def _blank(run: Run) -> tuple[Tensor, Tensor]:
     """A micro-batch of the right shape for passes that are discarded."""
-    batch = len(next(run.stream.requests(0, 1)).ids)
-    side, classes = run.recipe.augment.image_size, run.augment.num_classes
+    batch = len(next(run.input.stream.requests(0, 1)).ids)
+    side, classes = run.recipe.augment.image_size, run.input.augment.num_classes
     images = torch.zeros(batch, 3, side, side, device=run.world.device)
     return images, torch.full((batch, classes), 1 / classes, device=run.world.device)

@@ -160,7 +160,9 @@ class Recipe:
     runtime: Runtime = field(default_factory=Runtime)
 
 
-def parse(make: Callable[[str, bool], T], models: Sequence[str], description: str, args: Sequence[str] | None = None) -> T:
+def parse(
+    make: Callable[[str, bool], T], models: Sequence[str], description: str, args: Sequence[str] | None = None
+) -> T:
     """The recipe of a command line: make(model, debug), with the fields that further options override.
 
     models: what `--model` may be, the default first; `--debug` asks for the recipe's laptop-sized form. An unknown or
@@ -179,7 +181,7 @@ def parse(make: Callable[[str, bool], T], models: Sequence[str], description: st
 
 
 def num_steps(duration: str, batches_per_epoch: int, total: int = 0) -> int:
-    """Optimizer steps of a duration such as "300 epochs", "10000 steps" or "2%" (of `total` steps), rounded, at least 0.
+    """Optimizer steps, rounded, of a duration such as "300 epochs", "10000 steps" or "2%" (of `total` steps).
 
     Raises UserError where the text is no such duration.
     """
@@ -218,7 +220,8 @@ def _split_duration(duration: str) -> tuple[float, str]:
         value = -1.0
     if unit not in UNITS or not 0 <= value < float("inf"):
         raise UserError(
-            f"'{duration}' is no duration: it takes a number, 0 or more, and a unit, as '300 epochs', '10000 steps' or '2%'"
+            f"'{duration}' is no duration: it takes a number, 0 or more, and a unit, "
+            "as '300 epochs', '10000 steps' or '2%'"
         )
     return value, unit
 
@@ -262,10 +265,8 @@ def _range_errors(recipe: Recipe) -> list[str]:
         for name, low, high in limits
         if not low <= leaves[name] <= high  # type: ignore[operator]
     ]
-    for name in ("augment.crop_scale", "augment.crop_ratio"):
-        low, high = leaves[name]  # type: ignore[misc]
-        if not 0 < low <= high:
-            found.append(f"{name} {low} {high}: must be 0 < low <= high")
+    spans = {"augment.crop_scale": recipe.augment.crop_scale, "augment.crop_ratio": recipe.augment.crop_ratio}
+    found += [f"{name} {span}: must be 0 < low <= high" for name, span in spans.items() if not 0 < span[0] <= span[1]]
     if (recipe.augment.mixup or recipe.augment.cutmix) and recipe.augment.mixup_alpha <= 0:
         found.append(f"augment.mixup_alpha {recipe.augment.mixup_alpha}: must be above 0 while mixup or cutmix is on")
     return found

@@ -131,7 +131,7 @@ def check_same_recipe(path: Path, fields: dict[str, object]) -> None:
     ]
     if changed:
         raise UserError(
-            f"{path.parent} holds a run of another recipe, and continuing it with this one would make a mixture of both:\n"
+            f"{path.parent} holds a run of another recipe; to continue it with this one would mix both:\n"
             + "\n".join(f"  - {text}" for text in changed)
             + "\ngive those values to continue it, or another --run-dir to start anew"
         )

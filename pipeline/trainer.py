@@ -35,24 +35,24 @@ def fit(recipe: Recipe, world: World) -> str:
     """
     run = prepare(recipe, world)
     outcome = train(run)
-    run.backend.close()
+    run.learner.backend.close()
     return outcome
 
 
 def train(run: Run) -> str:
     """The loop. Each rank runs it in step with the others."""
-    total, every = run.durations.total, run.durations
-    meter = Meter(run.recipe.data.global_batch)
-    with run.record.open(run.start, total), run.stream.open(run.start, total) as batches:
-        if due(run.start, every.evaluate, total) and not evaluate(run, run.start):
-            return stop(run, run.start)
-        for step in range(run.start, total):
+    learner, every, total = run.learner, run.durations, run.durations.total
+    start, meter = run.progress.start, Meter(run.recipe.data.global_batch)
+    with run.record.open(start, total), run.input.stream.open(start, total) as batches:
+        if due(start, every.evaluate, total) and not evaluate(run, start):
+            return stop(run, start)
+        for step in range(start, total):
             with meter.waiting():
                 micro_batches = next(batches)
-            run.backend.set_lr(run.schedule(step))
-            stepped = run.backend.step(run.criterion, [run.augment(batch) for batch in micro_batches])
-            if run.ema:
-                run.ema.update()
+            learner.backend.set_lr(learner.schedule(step))
+            stepped = learner.backend.step(learner.criterion, [run.input.augment(batch) for batch in micro_batches])
+            if learner.ema:
+                learner.ema.update()
             done = step + 1
             run.record.step(done)
             if due(done, every.log, total):
@@ -104,13 +104,13 @@ def log(run: Run, done: int, stepped: Stepped, meter: Meter) -> None:
     if not math.isfinite(loss):
         raise UserError(
             f"the loss is {loss} at step {done} (gradient norm {stepped.grad_norm.item()}, learning rate "
-            f"{run.schedule(done - 1):.3g}): training has diverged; the checkpoints before it are whole: lower "
+            f"{run.learner.schedule(done - 1):.3g}): training has diverged; the checkpoints before it are whole: lower "
             "--schedule.lr, lengthen --schedule.warmup or clip harder, in a new --run-dir"
         )
     values = {
-        "epoch": done / run.stream.plan.batches_per_epoch,
+        "epoch": done / run.input.stream.plan.batches_per_epoch,
         "loss": loss,
-        "lr": run.schedule(done - 1),
+        "lr": run.learner.schedule(done - 1),
         "grad_norm": stepped.grad_norm.item(),
     }
     run.record.metrics(done, values | meter.read())
@@ -119,8 +119,10 @@ def log(run: Run, done: int, stepped: Stepped, meter: Meter) -> None:
 def evaluate(run: Run, done: int) -> bool:
     """Evaluates into the record; False where a rank was told to stop before the end of it."""
     recipe = run.recipe
-    with evaluation_batches(run.validation, recipe.evaluation.batch, run.world, run.stream.loading) as batches:
-        values = run.evaluator(batches)
+    with evaluation_batches(
+        run.input.validation, recipe.evaluation.batch, run.world, run.input.stream.loading
+    ) as batches:
+        values = run.learner.evaluator(batches)
     if values is not None:
         run.record.evaluation(done, recipe.data.val, values)
     return values is not None
@@ -128,18 +130,18 @@ def evaluate(run: Run, done: int) -> bool:
 
 def save(run: Run, done: int) -> None:
     """Commits a checkpoint of `done` steps, unless there is one."""
-    if run.saved == done:
+    if run.progress.saved == done:
         return
     run.record.flush()
     state = {
-        "data": run.stream.state(done),
-        "ema_updates": run.ema.num_updates if run.ema else 0,
-        "seconds": run.seconds(),
+        "data": run.input.stream.state(done),
+        "ema_updates": run.learner.ema.num_updates if run.learner.ema else 0,
+        "seconds": run.progress.seconds(),
         "world": run.world.size,
         "recipe": flatten(run.recipe),
     }
-    run.checkpoints.save(done, run.backend, run.averages(), state)
-    run.saved = done
+    run.checkpoints.save(done, run.learner.backend, run.learner.averages(), state)
+    run.progress.saved = done
 
 
 def stop(run: Run, done: int) -> str:
@@ -154,20 +156,20 @@ def stop(run: Run, done: int) -> str:
 def finish(run: Run) -> str:
     """Writes the weights to hand over, and the outcome."""
     export(run, "model")
-    if run.ema:
-        with run.ema.swap():
+    if run.learner.ema:
+        with run.learner.ema.swap():
             export(run, "ema")
     if run.world.is_main:
         images = run.durations.total * run.recipe.data.global_batch
         reason = f"trained for {run.recipe.schedule.length}"
-        write_outcome(run.run_dir, "done", run.durations.total, reason, images=images, seconds=run.seconds())
+        write_outcome(run.run_dir, "done", run.durations.total, reason, images=images, seconds=run.progress.seconds())
     run.world.barrier()
     return "done"
 
 
 def export(run: Run, name: str) -> None:
     """RUN/weights/NAME.safetensors: the whole model, as timm names its weights."""
-    weights = run.backend.full_weights()
+    weights = run.learner.backend.full_weights()
     if not run.world.is_main:
         return
     path = weights_path(run.run_dir, name)
@@ -188,7 +190,7 @@ def run(recipe: Recipe) -> NoReturn:
 
 
 def launch(job: Callable[[World], str], runtime: Runtime, run_dir: Path) -> NoReturn:
-    """Joins the launch, does the job and leaves: code 0 done, 75 to be started again, 2 the user's error, 1 a defect."""
+    """Joins the launch, does the job, leaves: code 0 done, 75 to be started again, 2 the user's error, 1 a defect."""
     try:
         outcome = job(start(runtime.device, runtime.processes))
     except UserError as error:

@@ -5,7 +5,7 @@ Command:  accelerate launch --config_file ds_configs/ddp_gpu8.yaml recipes/finet
 Data:     data/imagenet1k (splits train and val), written by tools/make_shards.py
 Hardware: CUDA; 8 GPUs take 256 (base) or 512 (small) samples each at once. Fewer: raise --data.accumulation.
 Time:     300 epochs of 1,281,167 images; not measured here.
-Top-1:    82.9 % for ViTTM-B is the paper's figure, of weights that started from timm's fine-tuned ViT; not measured here.
+Top-1:    82.9 % for ViTTM-B is the paper's figure, of weights that began as timm's ViT; not measured here.
 Differs:  erasing is drawn a sample, mixing once a global batch, where the authors draw both once a rank.
 Debug:    --debug trains a model of 32 px on scikit-learn's handwritten digits, on any machine, in a minute.
 """

@@ -6,15 +6,18 @@ from collections.abc import Callable
 from torch import nn
 from torch.optim import Optimizer
 
-from pipeline.backend.base import Backend, Criterion, Mixed, Stepped, StepOptions
+from pipeline.backend.base import Backend, Criterion, Mixed, StepOptions, Stepped
 from pipeline.backend.world import World, start
-
 
 __all__ = ["Backend", "Criterion", "Mixed", "StepOptions", "Stepped", "World", "start", "wrap"]
 
 
 def wrap(
-    world: World, model: nn.Module, make_optimizer: Callable[[nn.Module], Optimizer], micro_batch: int, options: StepOptions
+    world: World,
+    model: nn.Module,
+    make_optimizer: Callable[[nn.Module], Optimizer],
+    micro_batch: int,
+    options: StepOptions,
 ) -> Backend:
     """The model on the world's device under the strategy that the launch file asks for, checked to be just that.
 

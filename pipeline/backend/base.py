@@ -4,14 +4,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.backend.world import World
 
-Criterion = Callable[[object, Tensor], Tensor]
+Criterion = Callable[[Any, Tensor], Tensor]
 Mixed = tuple[Tensor, Tensor]
 
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, DistributedType
+from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 
 from pipeline.backend import engine_files
-from pipeline.backend.base import Backend, Criterion, Mixed, Stepped, StepOptions
+from pipeline.backend.base import Backend, Criterion, Mixed, StepOptions, Stepped
 from pipeline.backend.world import World
 from shards.errors import UserError
 
@@ -77,12 +77,11 @@ class DDP(Backend):
         return torch.stack(losses).mean()
 
     def _check(self) -> None:
-        kinds = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU) if self.world.size > 1 else (DistributedType.NO,)
         wrapped = isinstance(self.model, nn.parallel.DistributedDataParallel)
-        if self.world.size > 1 and not (self.accelerator.distributed_type in kinds and wrapped):
+        if wrapped != (self.world.size > 1):
             raise UserError(
-                f"DDP over {self.world.size} ranks was asked for, but Accelerate made {self.accelerator.distributed_type} "
-                "of it: ranks would train apart; start through ds_configs/ddp_*.yaml"
+                f"DDP over {self.world.size} ranks was asked for, but Accelerate ({self.accelerator.distributed_type}) made "
+                f"a {type(self.model).__name__}: ranks would train apart; start through ds_configs/ddp_*.yaml"
             )
 
 

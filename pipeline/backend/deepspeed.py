@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO through Accelerate: optimizer states and gradients in partitions, the weights whole on every rank."""
+"""DeepSpeed's ZeRO 1 and 2 through Accelerate: optimizer states (and gradients) in partitions, weights whole."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
 
-from pipeline.backend.base import Backend, Criterion, Mixed, Stepped, StepOptions
+from pipeline.backend.base import Backend, Criterion, Mixed, StepOptions, Stepped
 from pipeline.backend.ddp import accumulation_plugin
 from pipeline.backend.world import World
 from shards.errors import UserError
@@ -33,13 +33,13 @@ class DeepSpeed(Backend):
             mixed_precision="no",
             gradient_accumulation_plugin=accumulation_plugin(options.accumulation),
         )
-        engine, wrapped = self.accelerator.prepare(model, optimizer)
-        super().__init__(world, engine, wrapped.optimizer, options)
+        self.engine, wrapped = self.accelerator.prepare(model, optimizer)
+        super().__init__(world, self.engine, wrapped.optimizer, options)
         self._check(config)
 
     @property
     def module(self) -> nn.Module:
-        return self.model.module
+        return self.engine.module
 
     def step(self, criterion: Criterion, batches: Sequence[Mixed]) -> Stepped:
         losses = []
@@ -48,15 +48,15 @@ class DeepSpeed(Backend):
                 loss = self.forward_loss(criterion, batch)
                 self.accelerator.backward(loss)
             losses.append(loss.detach())
-        norm = torch.as_tensor(self.model.get_global_grad_norm())
+        norm = torch.as_tensor(self.engine.get_global_grad_norm())
         return Stepped(torch.stack(losses).mean(), norm)
 
     def save_engine(self, directory: Path) -> None:
         """DeepSpeed's own pickles: read back only from a committed directory whose hashes match."""
-        self.model.save_checkpoint(directory, tag=TAG, save_latest=False)
+        self.engine.save_checkpoint(directory, tag=TAG, save_latest=False)
 
     def load_engine(self, directory: Path) -> None:
-        self.model.load_checkpoint(directory, tag=TAG)
+        self.engine.load_checkpoint(directory, tag=TAG)
 
     def full_weights(self) -> dict[str, Tensor]:
         if not self.world.is_main:
@@ -64,13 +64,13 @@ class DeepSpeed(Backend):
         return {name: tensor.detach().cpu() for name, tensor in self.module.state_dict().items()}
 
     def close(self) -> None:
-        self.model.destroy()
+        self.engine.destroy()
         self.accelerator.free_memory()
         AcceleratorState._reset_state()
 
     def _check(self, config: dict) -> None:
         stage = config["zero_optimization"]["stage"]
-        engine = self.model
+        engine = self.engine
         if not hasattr(engine, "zero_optimization_stage"):
             raise UserError(f"DeepSpeed was asked for, but Accelerate made a {type(engine).__name__}: {REMEDY}")
         if (engine.zero_optimization_stage(), engine.world_size) != (stage, self.world.size):
@@ -99,7 +99,7 @@ def read_config(path: str, micro_batch: int, world_size: int, options: StepOptio
     for key, value in owned.items():
         if config.setdefault(key, "auto") not in ("auto", value):
             raise UserError(
-                f"{path}: {key} is {config[key]}, but the recipe makes it {value}: the recipe owns it; write \"auto\""
+                f'{path}: {key} is {config[key]}, but the recipe makes it {value}: the recipe owns it; write "auto"'
             )
     config |= owned
     if options.bf16:
@@ -108,7 +108,9 @@ def read_config(path: str, micro_batch: int, world_size: int, options: StepOptio
     _refuse_auto(config, path)
     stage = config.get("zero_optimization", {}).get("stage")
     if stage not in STAGES:
-        raise UserError(f"{path}: zero_optimization.stage is {stage}, but this backend runs {STAGES}: write one of those")
+        raise UserError(
+            f"{path}: zero_optimization.stage is {stage}, but this backend runs {STAGES}: write one of these"
+        )
     return config
 
 
@@ -117,7 +119,7 @@ def _read(path: str) -> dict:
         return json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise UserError(
-            f"the launch file names the DeepSpeed configuration '{path}', but there is no such file below {Path.cwd()}: "
+            f"the launch file names the DeepSpeed configuration '{path}', but {Path.cwd()} holds no such file: "
             "correct deepspeed_config_file there (it is relative to where the launch is started), or take "
             "ds_configs/zero2.json"
         ) from None

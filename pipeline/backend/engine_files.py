@@ -1,6 +1,7 @@
 """Model and optimizer of DDP and FSDP2 as a torch.distributed.checkpoint, which any world can read."""
 
 from pathlib import Path
+from typing import Any, cast
 
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ def save(model: nn.Module, optimizer: Optimizer, directory: Path) -> None:
 
 def load(model: nn.Module, optimizer: Optimizer, directory: Path) -> None:
     weights, states = get_state_dict(model, optimizer)
-    state = {"model": weights, "optimizer": states}
+    state: dict[str, Any] = {"model": weights, "optimizer": states}
     dcp.load(state, checkpoint_id=directory)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
@@ -28,4 +29,4 @@ def load(model: nn.Module, optimizer: Optimizer, directory: Path) -> None:
 def full_weights(model: nn.Module) -> dict[str, Tensor]:
     """The gathered model on the CPU of rank 0; {} elsewhere."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_model_state_dict(model, options=options)
+    return cast(dict[str, Tensor], get_model_state_dict(model, options=options))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +22,14 @@ class FSDP(Backend):
     def step(self, criterion: Criterion, batches: Sequence[Mixed]) -> Stepped:
         losses = []
         for position, batch in enumerate(batches, start=1):
-            self.model.set_requires_gradient_sync(position == len(batches))
+            cast(FSDPModule, self.model).set_requires_gradient_sync(position == len(batches))
             loss = self.forward_loss(criterion, batch)
             (loss / len(batches)).backward()
             losses.append(loss.detach())
         norm = clip(self.model, self.options.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return Stepped(torch.stack(losses).mean(), norm.full_tensor())
+        return Stepped(torch.stack(losses).mean(), cast(DTensor, norm).full_tensor())
 
     def save_engine(self, directory: Path) -> None:
         engine_files.save(self.model, self.optimizer, directory)
