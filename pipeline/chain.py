@@ -4,13 +4,14 @@ Stages share the process group; each builds a backend of its own. Weights are ha
 """
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from pipeline.backend import World
-from pipeline.recipe import Recipe, Runtime, flatten, validate
+from pipeline.recipe import Recipe, Runtime, validate
 from pipeline.record import RECIPE, check_same_recipe, read_outcome
 from pipeline.trainer import fit, launch, weights_path
 from shards.errors import UserError
@@ -76,7 +77,7 @@ def is_finished(stage: Stage) -> bool:
     run_dir = Path(stage.recipe.run_dir)
     finished = read_outcome(run_dir).get("outcome") == "done" and handed_over(stage.recipe).exists()
     if finished:
-        check_same_recipe(run_dir / RECIPE, flatten(stage.recipe))
+        check_same_recipe(json.loads((run_dir / RECIPE).read_text()), stage.recipe, run_dir)
     return finished
 
 

@@ -139,8 +139,8 @@ class TrainStream:
             if state[name] != own[name]:
                 raise UserError(
                     f"{where} was made with the data's {name} {state[name]}, but it is {own[name]} now: the rest of "
-                    "the epoch would repeat some samples and miss others; give the data and recipe it was made with, or "
-                    "another --run-dir to start anew"
+                    "the epoch would repeat some samples and miss others; give the data and recipe it was made with, "
+                    "or another --run-dir to start anew"
                 )
 
     def check_disjoint(self) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import pipeline.models  # noqa: F401 - registers our models with timm
 from pipeline.augment import EvalTransform, Mixing, TrainTransform
 from pipeline.backend import Backend, Criterion, StepOptions, World, wrap
-from pipeline.checkpoint import Checkpoints
+from pipeline.checkpoint import Checkpoints, read_state
 from pipeline.data import DeviceAugment, Loading, Samples, TrainStream
 from pipeline.ema import EMA
 from pipeline.evaluate import Evaluator, Variants, head_names
@@ -24,7 +24,7 @@ from pipeline.loss import SummedOverHeads
 from pipeline.models.load import load_start
 from pipeline.optim import WarmupCosine, adamw
 from pipeline.recipe import Recipe, num_steps, validate
-from pipeline.record import Record, keep_recipe
+from pipeline.record import Record, check_same_recipe, keep_recipe
 from shards.errors import UserError
 from shards.index import Index
 from shards.plan import Plan, check_layout
@@ -109,16 +109,18 @@ def prepare(recipe: Recipe, world: World) -> Run:
     given = make_input(recipe, index, world)
     schedule, durations = make_schedule(recipe, given.stream.plan.batches_per_epoch)
     run_dir = Path(recipe.run_dir)
-    if world.is_main:
-        keep_recipe(run_dir, recipe)
     checkpoints = Checkpoints(run_dir / "checkpoints", world, recipe.checkpoint.keep)
     newest = checkpoints.newest()
+    if newest is not None:
+        check_same_recipe(read_state(newest)["recipe"], recipe, newest)
     model = make_model(recipe, index.num_classes)
     if recipe.model.start and newest is None:
         start_from(model, recipe.model.start, say=world.is_main)
     learner = make_learner(recipe, world, model, schedule, len(given.validation.reader))
     run = Run(recipe, world, durations, given, learner, checkpoints, Record(run_dir, world.is_main))
     begin(run, newest)
+    if world.is_main:
+        keep_recipe(run_dir, recipe)
     return run
 
 

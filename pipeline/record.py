@@ -113,25 +113,21 @@ def last_evaluation(run_dir: Path) -> dict[str, float]:
 
 
 def keep_recipe(run_dir: Path, recipe: Recipe) -> None:
-    """Writes the resolved recipe; raises UserError where the run directory holds a run of another one."""
-    path = run_dir / RECIPE
-    fields = flatten(recipe)
-    if path.exists():
-        check_same_recipe(path, fields)
+    """RUN/recipe.json: every field by its name on the command line."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    _replace(path, json.dumps(fields, indent=1) + "\n")
+    _replace(run_dir / RECIPE, json.dumps(flatten(recipe), indent=1) + "\n")
 
 
-def check_same_recipe(path: Path, fields: dict[str, object]) -> None:
-    kept = json.loads(path.read_text())
+def check_same_recipe(kept: dict[str, object], recipe: Recipe, where: object) -> None:
+    """Raises UserError where `where`, made by the flattened recipe `kept`, is not what `recipe` would make."""
     changed = [
         f"{name}: {kept.get(name)!r} there, {value!r} now"
-        for name, value in fields.items()
+        for name, value in flatten(recipe).items()
         if kept.get(name) != value and not name.startswith(MAY_CHANGE)
     ]
     if changed:
         raise UserError(
-            f"{path.parent} holds a run of another recipe; to continue it with this one would mix both:\n"
+            f"{where} was made by another recipe; to continue it with this one would mix both:\n"
             + "\n".join(f"  - {text}" for text in changed)
             + "\ngive those values to continue it, or another --run-dir to start anew"
         )

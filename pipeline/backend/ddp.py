@@ -80,8 +80,8 @@ class DDP(Backend):
         wrapped = isinstance(self.model, nn.parallel.DistributedDataParallel)
         if wrapped != (self.world.size > 1):
             raise UserError(
-                f"DDP over {self.world.size} ranks was asked for, but Accelerate ({self.accelerator.distributed_type}) made "
-                f"a {type(self.model).__name__}: ranks would train apart; start through ds_configs/ddp_*.yaml"
+                f"DDP over {self.world.size} ranks was asked for, but Accelerate ({self.accelerator.distributed_type}) "
+                f"made a {type(self.model).__name__}: ranks would train apart; start through ds_configs/ddp_*.yaml"
             )
 
 
