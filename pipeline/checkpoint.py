@@ -18,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from shards.durable import atomic_file, sync_directory
 from shards.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -114,15 +115,14 @@ class Checkpoints:
 
     def _commit(self, temporary: Path, final: Path, hashes: dict[str, dict]) -> None:
         manifest = json.dumps(hashes, indent=1, sort_keys=True)
-        _write_flushed(temporary / MANIFEST, manifest)
-        _write_flushed(temporary / COMMITTED, _sha256(manifest))
+        _write_text(temporary / MANIFEST, manifest)
+        _write_text(temporary / COMMITTED, _sha256(manifest))
         for directory in (temporary, *(path for path in temporary.rglob("*") if path.is_dir())):
-            _flush_directory(directory)
+            sync_directory(directory)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-        _flush_directory(self.root)
-        _write_flushed(self.root / (LATEST + TEMPORARY), final.name)
-        (self.root / (LATEST + TEMPORARY)).rename(self.root / LATEST)
+        sync_directory(self.root)
+        _write_text(self.root / LATEST, final.name)
         self._prune(final)
 
     def _prune(self, final: Path) -> None:
@@ -193,19 +193,9 @@ def _flushed_hash(path: Path) -> dict:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _write_flushed(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _write_text(path: Path, text: str) -> None:
+    with atomic_file(path) as file:
+        file.write(text.encode())
 
 
 def _sha256(text: str) -> str:

@@ -12,6 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from pipeline.recipe import Recipe, flatten
+from shards.durable import atomic_file
 from shards.errors import UserError
 
 METRICS = "metrics.jsonl"
@@ -141,12 +142,8 @@ def _parse_line(text: str) -> dict | None:
 
 
 def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    with atomic_file(path) as file:
+        file.write(text.encode())
 
 
 def _brief(values: dict[str, float]) -> str:

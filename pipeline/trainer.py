@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch.distributed as dist
-from safetensors.torch import save_file
+from safetensors.torch import save as as_safetensors
 
 from pipeline.backend import Stepped, World, start
 from pipeline.data import evaluation_batches
 from pipeline.prepare import Run, prepare
 from pipeline.recipe import Recipe, Runtime, flatten
 from pipeline.record import write_outcome
+from shards.durable import atomic_file
 from shards.errors import UserError
 
 EXIT_CODES = {"done": 0, "requeue": 75}
@@ -174,9 +175,8 @@ def export(run: Run, name: str) -> None:
         return
     path = weights_path(run.run_dir, name)
     path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    save_file({key: tensor.contiguous() for key, tensor in weights.items()}, temporary, {"format": "pt"})
-    temporary.rename(path)
+    with atomic_file(path) as file:
+        file.write(as_safetensors({key: tensor.contiguous() for key, tensor in weights.items()}, {"format": "pt"}))
 
 
 def weights_path(run_dir: Path, name: str) -> Path:
@@ -207,7 +207,7 @@ def fail(run_dir: Path, code: int, reason: str) -> NoReturn:
     print(f"error: {reason}", file=sys.stderr, flush=True)
     try:
         write_outcome(run_dir, "error", -1, reason)
-    except OSError as error:
+    except (OSError, UserError) as error:
         print(f"error: {run_dir} takes no outcome.json: {error}", file=sys.stderr, flush=True)
     leave(code)
 

@@ -34,11 +34,11 @@ class HashedFile:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[HashedFile]:
-    """A file written as `<path>.tmp`, flushed to disk and renamed; removed when the body raises.
+    """A file written as `<path>.<pid>.tmp`, flushed to disk and renamed; removed when the body raises.
 
     UserError where the system cannot write it (a full disk, a read-only one, ...).
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with explained(path):
         try:
             with open(temporary, "wb", buffering=_BUFFER_BYTES) as file:
@@ -73,7 +73,7 @@ def explained(path: Path) -> Iterator[None]:
         existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
         raise UserError(
             f"cannot write {path}: {error.strerror or error} ({shutil.disk_usage(existing).free} bytes are free). "
-            "Make room or choose another OUT, then run the same command again."
+            "Make room or choose another directory, then run the same command again."
         ) from error
 
 

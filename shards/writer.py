@@ -180,7 +180,7 @@ def _begin(out: Path, split: str) -> None:
     with atomic_file(_marker(out, split)):
         pass
     sync_directory(out)
-    temporary = rf"({split}-\d{{6,}}\.tar|{split}\.offsets\.npy|index\.json)\.tmp"
+    temporary = rf"({split}-\d{{6,}}\.tar|{split}\.offsets\.npy|index\.json)\.\d+\.tmp"
     for leftover in (*shards, *(path for path in out.iterdir() if re.fullmatch(temporary, path.name))):
         leftover.unlink()
 

@@ -65,7 +65,7 @@ def test_a_killed_run_leaves_nothing_whole_and_is_redone(folders, written, files
         assert process.poll() is None
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    (out / "train-000159.tar.tmp").write_bytes(b"as if killed inside the last shard")
+    (out / "train-000159.tar.123.tmp").write_bytes(b"as if killed inside the last shard")
     with pytest.raises(UserError, match="has no index"):
         Index.load(out)
     # Other options: shards of the first run that the second does not write must not stay.
@@ -83,7 +83,7 @@ def test_a_disk_that_refuses(folders, written, files_of, tmp_path):
     assert process.returncode == 2
     assert "error: cannot write " in process.stderr
     assert "train-000000.tar: File too large" in process.stderr
-    assert "Make room or choose another OUT, then run the same command again." in process.stderr
+    assert "Make room or choose another directory, then run the same command again." in process.stderr
     assert set(files_of(out)) == {".lock", "train.unfinished"}
     assert run(*arguments).returncode == 0
     written(source, undisturbed, shard_size=40)

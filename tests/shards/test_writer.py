@@ -217,7 +217,7 @@ def test_temporary_files_are_removed(source, written, files_of, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     for name in ("train-000099.tar", "train.offsets.npy", "index.json"):
-        (out / f"{name}.tmp").write_bytes(b"half")
+        (out / f"{name}.123.tmp").write_bytes(b"half")
     assert files_of(written(source, out).root) == expected
 
 
@@ -229,7 +229,7 @@ def test_an_out_that_is_a_file(source, written, tmp_path):
 
 def test_a_full_disk(tmp_path):
     """/dev/full answers every write as a full disk does."""
-    (tmp_path / "x.tar.tmp").symlink_to("/dev/full")
+    (tmp_path / f"x.tar.{os.getpid()}.tmp").symlink_to("/dev/full")
     text = r"cannot write .*x\.tar: No space left on device \(\d+ bytes are free\)\. Make room"
     with pytest.raises(UserError, match=text), atomic_file(tmp_path / "x.tar") as file:
         file.write(bytes(4096))
