@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from pipeline.backend import World
 from pipeline.recipe import Recipe, Runtime, validate
-from pipeline.record import RECIPE, check_same_recipe, read_outcome
+from pipeline.record import RECIPE, check_same_recipe, read_outcome, write_outcome
 from pipeline.trainer import fit, launch, weights_path
 from shards.errors import UserError
 
@@ -29,21 +29,24 @@ class Stage:
 
 def run(stages: Sequence[Stage], run_dir: str, runtime: Runtime) -> NoReturn:
     """The main of a chain's recipe file. Every stage lives in a directory of its own name below `run_dir`."""
-    launch(lambda world: fit_all(place(stages, run_dir), world), runtime, Path(run_dir))
+    launch(lambda world: fit_all(place(stages, run_dir), world, Path(run_dir)), runtime, Path(run_dir))
 
 
-def fit_all(stages: Sequence[Stage], world: World) -> str:
-    """Fits the stages in order; "done", or "requeue" as soon as one is stopped."""
+def fit_all(stages: Sequence[Stage], world: World, run_dir: Path) -> str:
+    """Fits the stages in order; "done", or "requeue" as soon as one is stopped. The chain's own outcome.json counts
+    stages as its steps."""
     for stage in stages:
         validate(stage.recipe)
-    for stage in stages:
+    for done, stage in enumerate(stages):
         if world.from_main(is_finished(stage) if world.is_main else None):
             _say(world, f"stage {stage.name}: finished before, skipped")
             continue
         _say(world, f"stage {stage.name}: {stage.recipe.run_dir}")
         outcome = fit(stage.recipe, world)
         if outcome != "done":
+            _conclude(world, run_dir, outcome, done, f"stage {stage.name} was asked to stop; start again to go on")
             return outcome
+    _conclude(world, run_dir, "done", len(stages), "every stage is finished")
     return "done"
 
 
@@ -79,6 +82,11 @@ def is_finished(stage: Stage) -> bool:
     if finished:
         check_same_recipe(json.loads((run_dir / RECIPE).read_text()), stage.recipe, run_dir)
     return finished
+
+
+def _conclude(world: World, run_dir: Path, outcome: str, stages_done: int, reason: str) -> None:
+    if world.is_main:
+        write_outcome(run_dir, outcome, stages_done, reason)
 
 
 def _say(world: World, message: str) -> None:

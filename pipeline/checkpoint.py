@@ -87,15 +87,14 @@ class Checkpoints:
                 print(f"checkpoint {name} is not whole ({found}): ignored, an older one is tried", flush=True)
         return None
 
-    def load(self, path: Path, engine: Engine, averages: dict[str, Tensor]) -> dict:
-        """Reads a checkpoint that `newest` gave into the engine, the averages and this rank's RNG; its state.json."""
+    def load(self, path: Path, engine: Engine, averages: dict[str, Tensor]) -> None:
+        """Reads a checkpoint that `newest` gave into the engine, the averages and this rank's RNG."""
         engine.load_engine(path / "engine")
         if averages:
             dcp.load({"ema": averages}, checkpoint_id=path / "ema")
         rng = path / _rng_name(self.world.rank)
         if rng.exists():
             _set_rng(load_file(rng))
-        return read_state(path)
 
     def _write(self, directory: Path, engine: Engine, averages: dict[str, Tensor], state: dict) -> None:
         engine.save_engine(directory / "engine")

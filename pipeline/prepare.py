@@ -126,18 +126,36 @@ def prepare(recipe: Recipe, world: World) -> Run:
 
 def begin(run: Run, newest: Path | None) -> None:
     """Restores the newest checkpoint, or starts the RNG of this rank; then warms the backend up."""
-    learner, progress = run.learner, run.progress
     run.input.stream.check_disjoint()
-    seed = np.random.SeedSequence((run.recipe.seed, run.world.rank)).generate_state(1, np.uint64)[0]
-    torch.manual_seed(int(seed))
+    seed_rank(run, step=0)
     if newest is not None:
-        state = run.checkpoints.load(newest, learner.backend, learner.averages())
-        run.input.stream.check_state(state["data"], newest)
-        progress.start = progress.saved = state["step"]
-        progress.seconds_before = state["seconds"]
-        if learner.ema:
-            learner.ema.num_updates = state["ema_updates"]
-    learner.backend.warm_up(learner.criterion, _blank(run))
+        restore(run, newest)
+    run.learner.backend.warm_up(run.learner.criterion, _blank(run))
+
+
+def restore(run: Run, path: Path) -> None:
+    """Raises UserError where the checkpoint is of other data, or of a world that this backend cannot take over."""
+    state = read_state(path)
+    run.input.stream.check_state(state["data"], path)
+    moved = state["world"] != run.world.size
+    if moved and run.world.strategy == "deepspeed":
+        raise UserError(
+            f"{path} was saved by {state['world']} ranks, but {run.world.size} are here: ZeRO's partitions belong to a "
+            "world of one size; start that many ranks, or begin anew in another --run-dir"
+        )
+    run.checkpoints.load(path, run.learner.backend, run.learner.averages())
+    run.progress.start = run.progress.saved = state["step"]
+    run.progress.seconds_before = state["seconds"]
+    if run.learner.ema:
+        run.learner.ema.num_updates = state["ema_updates"]
+    if moved:
+        seed_rank(run, state["step"])
+
+
+def seed_rank(run: Run, step: int) -> None:
+    """Draws inside the model (dropout, drop path) are a rank's own; all others are keyed and need no seed."""
+    entropy = (run.recipe.seed, run.world.rank, step)
+    torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
 
 
 def make_input(recipe: Recipe, index: Index, world: World) -> Input:

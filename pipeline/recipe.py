@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
@@ -177,7 +178,8 @@ def parse(
         f"--model {{{','.join(models)}}} picks the recipe (here {chosen.model}), --debug its laptop-sized form; "
         "every option below overrides one field of it."
     )
-    return tyro.cli(type(recipe), default=recipe, description=f"{description}\n\n{usage}", args=rest)
+    paragraphs = re.sub(r"\n(?=\S)", "\n\n", description)  # the help keeps paragraphs, not lines
+    return tyro.cli(type(recipe), default=recipe, description=f"{paragraphs}\n\n{usage}", args=rest)
 
 
 def num_steps(duration: str, batches_per_epoch: int, total: int = 0) -> int:

@@ -18,7 +18,17 @@ from shards.errors import UserError
 METRICS = "metrics.jsonl"
 OUTCOME = "outcome.json"
 RECIPE = "recipe.json"
-MAY_CHANGE = ("run_dir", "runtime.", "checkpoint.", "data.path", "data.workers", "evaluation.batch")
+MAY_CHANGE = (
+    "run_dir",
+    "checkpoint.",
+    "data.path",
+    "data.workers",
+    "data.accumulation",
+    "evaluation.batch",
+    "runtime.device",
+    "runtime.processes",
+    "runtime.log_every",
+)
 """Fields that a resumed run may change: they decide how, not what, is computed (the index has its own fingerprint)."""
 
 

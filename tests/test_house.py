@@ -30,7 +30,7 @@ LAYERS = (  # of pipeline, low to high: a module imports lower ones, and none of
     {"chain"},
 )
 WITHIN_A_LAYER = {("evaluate", "data")}  # evaluation counts the samples of a Batch
-TORCH = {"torch", "torchvision", "timm", "safetensors"}  # safetensors: its use here is safetensors.torch
+TORCH = {"torch", "torchvision", "timm"}
 IN_BACKEND_ONLY = {"accelerate", "deepspeed"}
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}  # where the import has another name
 
@@ -46,7 +46,7 @@ for name in sys.argv[1:]:
     if name.startswith("shards") and "torch" in sys.modules:
         print(f"{name}: brought torch in")
 if logging.getLogger().handlers:
-    print(f"logging was set up: {logging.getLogger().handlers}")
+    print(f"logging was set up: {len(logging.getLogger().handlers)} handlers")
 torch = sys.modules.get("torch")
 if torch and torch.cuda.is_initialized():
     print("CUDA was initialised")
@@ -109,7 +109,7 @@ def broken_layer(unit: str, target: str) -> str:
         return ""
     unknown = [name for name in (unit, target) if layer(name) is None]
     if unknown:
-        return f"pipeline.{unknown[0]} has no place in LAYERS of tests/test_house.py"
+        return f"{unknown[0]} has no place in LAYERS of tests/test_house.py"
     return "" if layer(target) < layer(unit) else f"{target} is not below {unit} in pipeline"
 
 
@@ -138,9 +138,8 @@ def declared_distributions(package: str) -> set[str]:
 
 
 def limit_offences(root: Path) -> list[str]:
-    return [
-        offence for path, tree in sources(root) for offence in (*file_offences(root, path), *def_offences(path, tree))
-    ]
+    found = ((*file_offences(root, path), *function_offences(path, tree)) for path, tree in sources(root))
+    return [offence for offences in found for offence in offences]
 
 
 def file_offences(root: Path, path: Path) -> Iterator[str]:
@@ -149,16 +148,13 @@ def file_offences(root: Path, path: Path) -> Iterator[str]:
         yield f"{path} has {lines} lines, more than {MAX_FILE_LINES}"
 
 
-def def_offences(path: Path, tree: ast.Module) -> Iterator[str]:
+def function_offences(path: Path, tree: ast.Module) -> Iterator[str]:
     exempt = model_constructors(tree) if path.is_relative_to("pipeline/models") else []
     for node in ast.walk(tree):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
-        where, lines, parameters = (
-            f"{path}:{node.lineno} {node.name}",
-            node.end_lineno - node.lineno + 1,
-            count(node.args),
-        )
+        where = f"{path}:{node.lineno} {node.name}"
+        lines, parameters = node.end_lineno - node.lineno + 1, count(node.args)
         if lines > MAX_FUNCTION_LINES:
             yield f"{where} has {lines} lines, more than {MAX_FUNCTION_LINES}"
         if parameters > MAX_PARAMETERS and node not in exempt:
@@ -214,52 +210,35 @@ def test_nothing_happens_at_import():
 # --- and each rule finds what breaks it
 
 
+MAKE_GROUP = "import torch.distributed as d; d.init_process_group('gloo', store=d.HashStore(), rank=0, world_size=1)"
+
+
 def plant(root: Path, path: str, source: str) -> None:
     (root / path).parent.mkdir(parents=True, exist_ok=True)
     (root / path).write_text(source)
 
 
 @pytest.mark.parametrize(
-    ("path", "source", "name", "rule"),
+    ("path", "source", "offence"),
     [
-        ("shards/a.py", "import torch", "torch", "shards does without torch"),
-        ("shards/a.py", "import pipeline.recipe", "pipeline.recipe", "of ours, shards may import only shards"),
-        ("shards/a.py", "import lxml", "lxml", "setup.cfg does not declare it"),
-        (
-            "pipeline/loss.py",
-            "from tests.a import b",
-            "tests.a.b",
-            "of ours, pipeline may import only pipeline, shards",
-        ),
-        ("pipeline/data.py", "import accelerate.utils", "accelerate.utils", "only pipeline/backend may"),
-        ("recipes/a.py", "import deepspeed", "deepspeed", "only pipeline/backend may"),
-        (
-            "recipes/a.py",
-            "from shards import plan",
-            "shards.plan",
-            "of ours, recipes may import only pipeline, recipes",
-        ),
-        ("tools/a.py", "import recipes", "recipes", "of ours, tools may import only pipeline, shards, tools"),
-        ("pipeline/ema.py", "def f(): from pipeline import loss", "pipeline.loss", "loss is not below ema in pipeline"),
-        (
-            "pipeline/data.py",
-            "from .record import Record",
-            "pipeline.record.Record",
-            "record is not below data in pipeline",
-        ),
-        ("pipeline/models/a.py", "from .. import data", "pipeline.data", "data is not below models in pipeline"),
-        ("pipeline/optim/__init__.py", "from ..ema import E", "pipeline.ema.E", "ema is not below optim in pipeline"),
-        (
-            "pipeline/trainer.py",
-            "import pipeline.new",
-            "pipeline.new",
-            "pipeline.new has no place in LAYERS of tests/test_house.py",
-        ),
+        ("shards/a.py", "import torch", "torch: shards does without torch"),
+        ("shards/a.py", "import pipeline.recipe", "pipeline.recipe: of ours, shards may import only shards"),
+        ("shards/a.py", "import lxml", "lxml: setup.cfg does not declare it"),
+        ("pipeline/ema.py", "from tests.a import b", "tests.a.b: of ours, pipeline may import only pipeline, shards"),
+        ("pipeline/data.py", "import accelerate.utils", "accelerate.utils: only pipeline/backend may"),
+        ("recipes/a.py", "import deepspeed", "deepspeed: only pipeline/backend may"),
+        ("recipes/a.py", "from shards import plan", "shards.plan: of ours, recipes may import only pipeline, recipes"),
+        ("tools/a.py", "import recipes", "recipes: of ours, tools may import only pipeline, shards, tools"),
+        ("pipeline/ema.py", "def f(): import pipeline.loss", "pipeline.loss: loss is not below ema in pipeline"),
+        ("pipeline/data.py", "from .record import R", "pipeline.record.R: record is not below data in pipeline"),
+        ("pipeline/models/a.py", "from .. import data", "pipeline.data: data is not below models in pipeline"),
+        ("pipeline/optim/__init__.py", "from ..ema import E", "pipeline.ema.E: ema is not below optim in pipeline"),
+        ("pipeline/chain.py", "import pipeline.new", "pipeline.new: new has no place in LAYERS of tests/test_house.py"),
     ],
 )
-def test_import_rules_find(path, source, name, rule, tmp_path):
+def test_import_rules_find(path, source, offence, tmp_path):
     plant(tmp_path, path, source)
-    assert import_offences(tmp_path) == [f"{path}:1 imports {name}: {rule}"]
+    assert import_offences(tmp_path) == [f"{path}:1 imports {offence}"]
 
 
 @pytest.mark.parametrize(
@@ -298,16 +277,8 @@ def test_limits_find(tmp_path):
     [
         ("shards/a.py", "print('hello')", "hello"),
         ("shards/a.py", "import torch", "shards.a: brought torch in"),
-        (
-            "pipeline/a.py",
-            "import logging; logging.basicConfig()",
-            "logging was set up: [<StreamHandler <stderr> (NOTSET)>]",
-        ),
-        (
-            "pipeline/a.py",
-            "import torch.distributed as d\nd.init_process_group('gloo', store=d.HashStore(), rank=0, world_size=1)",
-            "a process group was made",
-        ),
+        ("pipeline/a.py", "import logging; logging.basicConfig()", "logging was set up: 1 handlers"),
+        ("pipeline/a.py", MAKE_GROUP, "a process group was made"),
     ],
 )
 def test_import_effects_find(path, source, found, tmp_path):

@@ -3,6 +3,7 @@
 import fcntl
 import io
 import json
+import os
 import shutil
 import tarfile
 import warnings

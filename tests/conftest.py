@@ -1,0 +1,89 @@
+"""Real shards, and real rank processes that train on them."""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of all processes that the tests start: two ranks share two cores
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(__file__).parents[1] / ".venv" / "torch_extensions"))
+
+import ranks
+import torch
+
+from pipeline.backend.world import World
+from shards.sources import class_folders
+from shards.writer import WriteOptions, write_split
+
+NUM_CLASSES = 5
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _processes() -> None:
+    """Forking from a process with running torch threads hangs, so ranks are forked from a server without any."""
+    torch.set_num_threads(1)
+    multiprocessing.get_context("forkserver").set_forkserver_preload(ranks.PRELOADED)
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of 5 classes of 16 px images: 80 of split train, 23 of split val (no multiple of any batch)."""
+    root = tmp_path_factory.mktemp("data")
+    for split, per_class in (("train", [16] * NUM_CLASSES), ("val", [5, 5, 5, 4, 4])):
+        classes, samples = class_folders(_folders(root / split, per_class))
+        write_split(classes, samples, root / "shards", WriteOptions(split, shard_size=30))
+    return root / "shards"
+
+
+@pytest.fixture
+def alone() -> World:
+    """A world of one process, which talks to nobody."""
+    return World("ddp", 0, 1, torch.device("cpu"))
+
+
+@pytest.fixture
+def small(shards: Path) -> list[str]:
+    """Options that make a debug recipe tiny: it trains for 8 steps on `shards`."""
+    options = {
+        "data.path": shards,
+        "data.global-batch": 16,
+        "augment.image-size": 16,
+        "model.memory-ps": 4,
+        "model.process-ps": 8,
+        "model.embed-dim": 24,
+        "schedule.length": "8 steps",
+        "checkpoint.every": "2 steps",
+        "evaluation.every": "50%",
+        "evaluation.batch": 8,
+    }
+    return [text for name, value in options.items() for text in (f"--{name}", str(value))]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., ranks.Ranks]]:
+    """start(script, options, size=1, **environment): ranks of a recipe file; none outlives the test."""
+    started: list[ranks.Ranks] = []
+
+    def run(script: str, options: list[str], size: int = 1, **environment: str) -> ranks.Ranks:
+        started.append(ranks.run_script(script, options, tmp_path / "logs", size, **environment))
+        return started[-1]
+
+    yield run
+    for running in started:
+        running.kill()
+
+
+def _folders(root: Path, per_class: list[int]) -> Path:
+    """Class folders of images that a model can tell apart: stripes of a class's own period, in noise."""
+    rng = np.random.default_rng(len(root.name))
+    for label, count in enumerate(per_class):
+        (root / f"c{label}").mkdir(parents=True)
+        for number in range(count):
+            stripes = 128 + 100 * np.sin(np.arange(16) * (label + 1) / 2 + rng.uniform(0, 6))
+            pixels = (stripes[None, :, None] + rng.normal(0, 20, (16, 16, 3))).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / f"c{label}" / f"c{label}_{number}.jpg")
+    return root

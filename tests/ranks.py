@@ -1,0 +1,97 @@
+"""Real rank processes for the tests: forked from a server that has imported torch once, so that one costs 0.1 s.
+
+They run a recipe file or a function just as a launcher's child would, with RANK and its kin in the environment.
+"""
+
+import json
+import multiprocessing
+import os
+import runpy
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PRELOADED = ["pipeline.chain", "pipeline.backend.ddp", "pipeline.backend.fsdp", "pipeline.backend.deepspeed", "sklearn"]
+PATIENCE = 240
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How the ranks of a launch ended: exit codes, and what each wrote to stdout and stderr together."""
+
+    codes: list[int | None]
+    outputs: list[str]
+
+
+class Ranks:
+    """Processes of one launch, running."""
+
+    def __init__(
+        self, target: Callable[..., None], arguments: Sequence, logs: Path, size: int, environment: dict
+    ) -> None:
+        logs.mkdir(parents=True, exist_ok=True)
+        self.logs = [logs / f"{time.monotonic_ns()}-rank-{rank}.log" for rank in range(size)]
+        context = multiprocessing.get_context("forkserver")
+        self.processes = [
+            context.Process(target=_child, args=(target, arguments, self.logs[rank], variables | environment))
+            for rank, variables in enumerate(_launched(size))
+        ]
+        for process in self.processes:
+            process.start()
+
+    def wait(self) -> Ended:
+        for process in self.processes:
+            process.join(PATIENCE)
+            process.kill()
+            process.join()
+        return Ended([process.exitcode for process in self.processes], [log.read_text() for log in self.logs])
+
+    def kill(self) -> None:
+        """SIGKILL to every rank."""
+        for process in self.processes:
+            process.kill()
+
+
+def run_script(script: str, options: Sequence[str], logs: Path, size: int = 1, **environment: str) -> Ranks:
+    """A recipe file of the project, started on `size` ranks (1: as by plain python)."""
+    return Ranks(_script, (script, list(options)), logs, size, environment)
+
+
+def run_function(function: Callable[..., None], arguments: Sequence, logs: Path, size: int) -> Ranks:
+    """An importable function, called on `size` ranks."""
+    return Ranks(function, arguments, logs, size, {})
+
+
+def _launched(size: int) -> list[dict[str, str]]:
+    if size == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+
+
+def _child(target: Callable[..., None], arguments: Sequence, log: Path, environment: dict[str, str]) -> None:
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115 - until exit
+    os.environ.update(environment)
+    target(*arguments)
+
+
+def _script(script: str, options: list[str]) -> None:
+    sys.argv = [script, *options]
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    """The lines of a run's metrics, but for the fields that may differ between equal runs."""
+    lines = [json.loads(text) for text in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    timed = ("images_per_second", "data_wait")
+    return [{name: value for name, value in line.items() if name not in timed} for line in lines]

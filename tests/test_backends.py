@@ -1,0 +1,103 @@
+"""One process, DDP, FSDP2 and ZeRO-2 on two: the same training, also after a signal and a resume."""
+
+import dataclasses
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import ranks
+
+from pipeline.backend import World, start
+from pipeline.prepare import prepare
+from pipeline.recipe import parse
+from pipeline.trainer import fit, leave
+from recipes import finetune_1k
+from shards.errors import UserError
+
+STEPS = 20
+STOPPED_AFTER = 7
+STRATEGIES = ("ddp", "fsdp", "deepspeed")
+TOLERANCE = 1e-5
+POLL = 0.005
+
+
+def recipe_of(options: list[str], run_dir: Path):
+    """The fine-tuning's parity form: no drop path; accumulation, clipping and the average are on."""
+    more = ["--run-dir", str(run_dir), "--model.drop-path-rate", "0", "--data.accumulation", "2"]
+    more += ["--schedule.length", f"{STEPS} steps", "--optimizer.clip-norm", "0.5"]
+    return parse(finetune_1k.make, finetune_1k.MODELS, "", ["--debug", *options, *more])
+
+
+def fit_each(strategies: tuple[str, ...], options: list[str], root: Path) -> None:
+    """Per strategy, in this one pair of processes: a run that goes through, and one that is stopped and resumed."""
+    world = start("cpu")
+    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(ranks.ROOT / "ds_configs" / "zero2.json")
+    check_ranks_that_see_the_same_samples(world, recipe_of(options, root / "same"))
+    for strategy in strategies:
+        placed = dataclasses.replace(world, strategy=strategy)
+        assert fit(recipe_of(options, root / strategy), placed) == "done"
+        stop_and_resume(recipe_of(options, root / f"{strategy}-stopped"), placed)
+    leave(0)
+
+
+def check_ranks_that_see_the_same_samples(world: World, recipe) -> None:
+    if world.size > 1:
+        run = prepare(recipe, world)
+        deluded = dataclasses.replace(run.input.stream, world=OnRankZero(world))
+        with pytest.raises(UserError, match=r"the first micro-batches of the 2 ranks hold 8 samples, but only 4"):
+            deluded.check_disjoint()
+        run.learner.backend.close()
+
+
+class OnRankZero:
+    """A world in which every rank believes to be the first, as when a launcher's variables are lost."""
+
+    def __init__(self, world: World) -> None:
+        self.rank, self.size, self.gather = 0, world.size, world.gather
+
+
+def stop_and_resume(recipe, world: World) -> None:
+    if world.is_main:
+        threading.Thread(target=signal_when, args=(Path(recipe.run_dir) / "metrics.jsonl",)).start()
+    assert fit(recipe, world) == "requeue"
+    world.stop.raised = False
+    assert fit(recipe, world) == "done"
+
+
+def signal_when(metrics: Path) -> None:
+    """SIGTERM to this process, as from a scheduler, once so many steps are logged."""
+    while not metrics.exists() or metrics.read_text().count("\n") < STOPPED_AFTER:
+        threading.Event().wait(POLL)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, shards):
+    root = tmp_path_factory.mktemp("backends")
+    options = ["--data.path", str(shards), "--data.global-batch", "16", "--augment.image-size", "16"]
+    options += ["--model.embed-dim", "24", "--evaluation.batch", "8", "--checkpoint.every", "100%"]
+    alone = ranks.run_function(fit_each, (("ddp",), options, root / "one"), root / "logs", 1)
+    pair = ranks.run_function(fit_each, (STRATEGIES, options, root / "two"), root / "logs", 2)
+    for ended in (alone.wait(), pair.wait()):
+        assert set(ended.codes) == {0}, "\n".join(ended.outputs)
+    return root
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_losses_norms_and_averages_equal_those_of_one_process(runs, strategy):
+    expected, found = ranks.metrics(runs / "one" / "ddp"), ranks.metrics(runs / "two" / strategy)
+    assert len(expected) == STEPS + 2
+    for line, reference in zip(found, expected, strict=True):
+        assert line.pop("split", None) == reference.pop("split", None)
+        assert line == pytest.approx(reference, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("run", ["one/ddp", *(f"two/{strategy}" for strategy in STRATEGIES)])
+def test_a_stopped_run_resumes_bitwise(runs, run):
+    whole, stopped = runs / run, runs / f"{run}-stopped"
+    assert ranks.metrics(stopped) == ranks.metrics(whole)
+    for name in ("model", "ema"):
+        weights = Path("weights") / f"{name}.safetensors"
+        assert (stopped / weights).read_bytes() == (whole / weights).read_bytes()
