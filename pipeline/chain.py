@@ -28,7 +28,7 @@ class Stage:
 
 
 def run(stages: Sequence[Stage], run_dir: str, runtime: Runtime) -> NoReturn:
-    """The main of a chain's recipe file. Every stage lives in a directory of its own name below `run_dir`."""
+    """The main of a chain's recipe file. The stages' own run directories lie below `run_dir`."""
     launch(lambda world: fit_all(place(stages, run_dir), world, Path(run_dir)), runtime, Path(run_dir))
 
 
@@ -53,12 +53,17 @@ def fit_all(stages: Sequence[Stage], world: World, run_dir: Path) -> str:
 def place(stages: Sequence[Stage], run_dir: str) -> list[Stage]:
     """The stages with their run directories below `run_dir`, and start weights out of the earlier stages'.
 
-    Raises UserError where a stage starts from one that does not come before it.
+    Raises UserError where a stage starts from one that does not come before it, or from a file as well.
     """
     placed: dict[str, Stage] = {}
     for stage in stages:
-        recipe = dataclasses.replace(stage.recipe, run_dir=str(Path(run_dir) / stage.name))
+        recipe = dataclasses.replace(stage.recipe, run_dir=str(Path(run_dir) / stage.recipe.run_dir))
         if stage.start_from:
+            if recipe.model.start:
+                raise UserError(
+                    f"stage '{stage.name}' starts from stage '{stage.start_from}', but its model.start names "
+                    f"{recipe.model.start}: only one can be; leave model.start empty, or run that recipe on its own"
+                )
             if stage.start_from not in placed:
                 raise UserError(
                     f"stage '{stage.name}' starts from '{stage.start_from}', but before it come only {list(placed)}: "

@@ -9,6 +9,7 @@ Options:  --pretrain.FIELD and --finetune.FIELD override a stage's recipe; the r
 Debug:    --debug runs both debug forms, on any machine, in two minutes.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 from pipeline import chain
@@ -21,12 +22,14 @@ class Chain:
     pretrain: Recipe
     finetune: Recipe
     run_dir: str
-    """Where the stages' run directories go."""
+    """Where the stages' run directories lie."""
 
 
 def make(model: str, small: bool) -> Chain:
     run_dir = f"runs/debug/chain/{model}" if small else f"runs/chain/{model}"
-    return Chain(pretrain_21k.make(model, small), finetune_1k.make(model, small), run_dir)
+    pretrain = dataclasses.replace(pretrain_21k.make(model, small), run_dir="pretrain")
+    finetune = dataclasses.replace(finetune_1k.make(model, small), run_dir="finetune")
+    return Chain(pretrain, finetune, run_dir)
 
 
 def stages(of: Chain) -> list[chain.Stage]:

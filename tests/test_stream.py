@@ -1,0 +1,129 @@
+"""The stream: the same samples in the same global batches on any world, from any step, in any number of workers."""
+
+import multiprocessing
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.augment import Mixing
+from pipeline.backend.world import World
+from pipeline.data import PADDING, DeviceAugment, Loading, TrainStream, evaluation_batches
+from pipeline.prepare import make_input
+from pipeline.recipe import Augment, Data, Recipe
+from shards.errors import UserError
+from shards.index import Index
+
+CPU = torch.device("cpu")
+BATCH, STEPS = 16, 7  # 80 samples make 5 batches an epoch, so these reach into a second one
+
+
+def rank_of(rank: int, size: int) -> World:
+    return World("ddp", rank, size, CPU)
+
+
+@pytest.fixture
+def recipe(shards) -> Recipe:
+    augment = Augment(image_size=16, randaugment_ops=2, randaugment_magnitude=15)
+    return Recipe(seed=5, data=Data(path=str(shards), global_batch=BATCH, workers=0), augment=augment)
+
+
+@pytest.fixture
+def stream_of(recipe):
+    """stream_of(rank, size, accumulation, workers)"""
+
+    def make(rank: int = 0, size: int = 1, accumulation: int = 1, workers: int = 0) -> TrainStream:
+        stream = make_input(recipe, Index.load(recipe.data.path), rank_of(rank, size)).stream
+        return TrainStream(stream.samples, stream.plan, rank_of(rank, size), accumulation, Loading(workers, CPU))
+
+    return make
+
+
+def read(stream: TrainStream, start: int = 0, stop: int = STEPS) -> list:
+    with stream.open(start, stop) as batches:
+        return list(batches)
+
+
+def joined(per_rank: list, field: str) -> list[torch.Tensor]:
+    """A field of each global batch, put together from the micro-batches of all ranks, in order."""
+    steps = zip(*per_rank, strict=True)
+    return [torch.cat([getattr(batch, field) for micro in ranks for batch in micro]) for ranks in steps]
+
+
+@pytest.mark.parametrize(("size", "accumulation", "workers"), [(2, 1, 1), (4, 2, 0), (1, 4, 2)])
+def test_what_enters_the_model_depends_on_neither_world_nor_workers(stream_of, size, accumulation, workers):
+    whole = [read(stream_of())]
+    parts = [read(stream_of(rank, size, accumulation, workers)) for rank in range(size)]
+    for field in ("ids", "labels", "images"):
+        for expected, found in zip(joined(whole, field), joined(parts, field), strict=True):
+            assert torch.equal(expected, found)
+    firsts = [batch.first for ranks in zip(*parts, strict=True) for micro in ranks for batch in micro]
+    share = BATCH // size // accumulation
+    assert firsts == list(range(0, BATCH, share)) * STEPS
+
+
+def test_an_epoch_holds_every_sample_once(stream_of):
+    epochs = torch.cat(joined([read(stream_of(), 0, 10)], "ids")).reshape(2, -1)
+    for epoch in epochs:
+        assert epoch.sort().values.tolist() == list(range(80))
+    assert not torch.equal(epochs[0], epochs[1])
+
+
+def test_entering_at_a_step_equals_getting_there(stream_of):
+    whole, rest = read(stream_of()), read(stream_of(), 4)
+    for (expected,), (found,) in zip(whole[4:], rest, strict=True):
+        assert torch.equal(expected.images, found.images)
+        assert (expected.step, expected.epoch) == (found.step, found.epoch)
+
+
+def test_erasing_and_mixing_depend_on_the_global_batch_alone(stream_of):
+    augment = DeviceAugment(5, seed=5, erasing=0.5, mixing=Mixing(mixup=True, cutmix=True, alpha=0.8))
+    whole = [augment(batch) for (batch,) in read(stream_of())]
+    halves = [[augment(batch) for (batch,) in read(stream_of(rank, 2))] for rank in range(2)]
+    for step, (images, targets) in enumerate(whole):
+        assert torch.equal(images, torch.cat([half[step][0] for half in halves]))
+        assert torch.equal(targets, torch.cat([half[step][1] for half in halves]))
+        torch.testing.assert_close(targets.sum(dim=1), torch.ones(BATCH))
+    assert len({tuple(targets.flatten().tolist()) for _, targets in whole}) == STEPS
+
+
+def test_workers_leave_signals_to_the_trainer(stream_of):
+    with stream_of(workers=1).open(0, STEPS) as batches:
+        next(batches)
+        (worker,) = multiprocessing.active_children()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            os.kill(worker.pid, number)
+        assert len(list(batches)) == STEPS - 1
+    worker.join(10)
+    assert worker.exitcode == 0
+
+
+def test_a_state_of_other_data_is_refused(stream_of):
+    stream = stream_of()
+    assert stream.state(7) | {"fingerprint": ""} == {
+        "fingerprint": "",
+        "seed": 5,
+        "global_batch": BATCH,
+        "epoch": 1,
+        "batches": 2,
+    }
+    for name, other in (("fingerprint", "0123"), ("global_batch", 32), ("seed", 6)):
+        with pytest.raises(UserError, match=rf"ckpt was made with the data's {name} {other}, but it is .* now"):
+            stream.check_state(stream.state(7) | {name: other}, "ckpt")
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+@pytest.mark.parametrize("batch", [4, 100])
+def test_evaluation_sees_every_sample_once(recipe, size, batch):
+    found, counts = [], set()
+    for rank in range(size):
+        validation = make_input(recipe, Index.load(recipe.data.path), rank_of(rank, size)).validation
+        with evaluation_batches(validation, batch, rank_of(rank, size), Loading(0, CPU)) as batches:
+            ids = [part.ids.numpy() for part in batches]
+        counts.add((len(ids), *(len(part) for part in ids)))
+        found.append(np.concatenate(ids))
+    assert len(counts) == 1  # sharded models need the same number of equal batches on every rank
+    known = np.concatenate(found)
+    assert sorted(known[known != PADDING]) == list(range(23))
