@@ -177,6 +177,7 @@ def _load(samples: Samples, requests: Iterable[Request], loading: Loading) -> It
         num_workers=loading.workers,
         pin_memory=loading.device.type == "cuda",
         worker_init_fn=_leave_signals_to_trainer,
+        generator=torch.Generator(),  # else each loader draws from the RNG of the model, which a resume must repeat
     )
     batches: Any = iter(loader)  # its type has no _shutdown_workers, which a loader without workers has not either
     try:

@@ -64,6 +64,12 @@ def small(shards: Path) -> list[str]:
 
 
 @pytest.fixture
+def chain_options(small: list[str]) -> list[str]:
+    """`small` for both stages of the debug chain, by the names that the fields have there."""
+    return ["--debug", *(text.replace("--", f"--{stage}.") for stage in ("pretrain", "finetune") for text in small)]
+
+
+@pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., ranks.Ranks]]:
     """start(script, options, size=1, **environment): ranks of a recipe file; none outlives the test."""
     started: list[ranks.Ranks] = []

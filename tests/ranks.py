@@ -7,16 +7,22 @@ import json
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).parents[1]
 PRELOADED = ["pipeline.chain", "pipeline.backend.ddp", "pipeline.backend.fsdp", "pipeline.backend.deepspeed", "sklearn"]
 PATIENCE = 240
+POLL = 0.005
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,24 @@ def run_script(script: str, options: Sequence[str], logs: Path, size: int = 1, *
 def run_function(function: Callable[..., None], arguments: Sequence, logs: Path, size: int) -> Ranks:
     """An importable function, called on `size` ranks."""
     return Ranks(function, arguments, logs, size, {})
+
+
+def accelerate(launch_file: str, script: str, options: Sequence[str], log: Path) -> subprocess.Popen:
+    """The README's command, in a session of its own, so that a signal to its ranks does not reach pytest."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"ds_configs/{launch_file}.yaml"]
+    with log.open("w") as output:
+        return subprocess.Popen(
+            [*command, script, *options], cwd=ROOT, stdout=output, stderr=output, start_new_session=True
+        )
+
+
+def kill_at(launcher: subprocess.Popen, metrics_file: Path, num_lines: int) -> None:
+    """SIGKILL to every rank of a launcher once so many lines are logged."""
+    while not metrics_file.exists() or metrics_file.read_text().count("\n") < num_lines:
+        assert launcher.poll() is None, "the launch ended before it could be killed"
+        threading.Event().wait(POLL)
+    for rank in psutil.Process(launcher.pid).children():
+        os.kill(rank.pid, signal.SIGKILL)
 
 
 def _launched(size: int) -> list[dict[str, str]]:

@@ -11,38 +11,40 @@ import ranks
 
 from pipeline.backend import World, start
 from pipeline.prepare import prepare
-from pipeline.recipe import parse
+from pipeline.recipe import Recipe, parse
 from pipeline.trainer import fit, leave
 from recipes import finetune_1k
 from shards.errors import UserError
 
 STEPS = 20
-STOPPED_AFTER = 7
+STOPPED_STEPS, STOPPED_AFTER = 10, 5
 STRATEGIES = ("ddp", "fsdp", "deepspeed")
 TOLERANCE = 1e-5
-POLL = 0.005
 
 
-def recipe_of(options: list[str], run_dir: Path):
-    """The fine-tuning's parity form: no drop path; accumulation, clipping and the average are on."""
-    more = ["--run-dir", str(run_dir), "--model.drop-path-rate", "0", "--data.accumulation", "2"]
-    more += ["--schedule.length", f"{STEPS} steps", "--optimizer.clip-norm", "0.5"]
+def recipe_of(options: list[str], run_dir: Path, steps: int = STEPS, drop_path_rate: float = 0.0) -> Recipe:
+    """The fine-tuning's debug form, with accumulation, clipping and the average on; without drop path its parity form,
+    for masks inside a model are drawn a rank."""
+    more = ["--run-dir", str(run_dir), "--model.drop-path-rate", str(drop_path_rate), "--data.accumulation", "2"]
+    more += ["--schedule.length", f"{steps} steps", "--optimizer.clip-norm", "0.5"]
     return parse(finetune_1k.make, finetune_1k.MODELS, "", ["--debug", *options, *more])
 
 
 def fit_each(strategies: tuple[str, ...], options: list[str], root: Path) -> None:
-    """Per strategy, in this one pair of processes: a run that goes through, and one that is stopped and resumed."""
+    """Per strategy, in this one pair of processes: the parity run, and one with drop path that goes through beside one
+    that is stopped and resumed."""
     world = start("cpu")
     os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(ranks.ROOT / "ds_configs" / "zero2.json")
     check_ranks_that_see_the_same_samples(world, recipe_of(options, root / "same"))
     for strategy in strategies:
         placed = dataclasses.replace(world, strategy=strategy)
         assert fit(recipe_of(options, root / strategy), placed) == "done"
-        stop_and_resume(recipe_of(options, root / f"{strategy}-stopped"), placed)
+        assert fit(recipe_of(options, root / f"{strategy}-whole", STOPPED_STEPS, 0.2), placed) == "done"
+        stop_and_resume(recipe_of(options, root / f"{strategy}-stopped", STOPPED_STEPS, 0.2), placed)
     leave(0)
 
 
-def check_ranks_that_see_the_same_samples(world: World, recipe) -> None:
+def check_ranks_that_see_the_same_samples(world: World, recipe: Recipe) -> None:
     if world.size > 1:
         run = prepare(recipe, world)
         deluded = dataclasses.replace(run.input.stream, world=OnRankZero(world))
@@ -58,7 +60,7 @@ class OnRankZero:
         self.rank, self.size, self.gather = 0, world.size, world.gather
 
 
-def stop_and_resume(recipe, world: World) -> None:
+def stop_and_resume(recipe: Recipe, world: World) -> None:
     if world.is_main:
         threading.Thread(target=signal_when, args=(Path(recipe.run_dir) / "metrics.jsonl",)).start()
     assert fit(recipe, world) == "requeue"
@@ -69,7 +71,7 @@ def stop_and_resume(recipe, world: World) -> None:
 def signal_when(metrics: Path) -> None:
     """SIGTERM to this process, as from a scheduler, once so many steps are logged."""
     while not metrics.exists() or metrics.read_text().count("\n") < STOPPED_AFTER:
-        threading.Event().wait(POLL)
+        threading.Event().wait(ranks.POLL)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -96,7 +98,7 @@ def test_losses_norms_and_averages_equal_those_of_one_process(runs, strategy):
 
 @pytest.mark.parametrize("run", ["one/ddp", *(f"two/{strategy}" for strategy in STRATEGIES)])
 def test_a_stopped_run_resumes_bitwise(runs, run):
-    whole, stopped = runs / run, runs / f"{run}-stopped"
+    whole, stopped = runs / f"{run}-whole", runs / f"{run}-stopped"
     assert ranks.metrics(stopped) == ranks.metrics(whole)
     for name in ("model", "ema"):
         weights = Path("weights") / f"{name}.safetensors"

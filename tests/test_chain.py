@@ -1,0 +1,66 @@
+"""The chain as a user launches it: killed at some moment, started again, the same as one that was never disturbed."""
+
+import json
+import random
+from pathlib import Path
+
+import ranks
+
+CHAIN = "recipes/chain.py"
+
+
+def test_killed_at_a_random_step_and_started_again(start, chain_options, tmp_path):
+    seed = random.SystemRandom().randrange(1 << 32)
+    stage, lines = random.Random(seed).choice(["pretrain", "finetune"]), random.Random(seed).randint(1, 7)
+    print(f"seed {seed}: killed after line {lines} of {stage}")
+    whole = start(CHAIN, [*chain_options, "--run-dir", str(tmp_path / "whole")], 2).wait()
+    assert whole.codes == [0, 0], "\n".join(whole.outputs)
+    log, killed = tmp_path / "launch.log", tmp_path / "killed"
+    launcher = ranks.accelerate("ddp_cpu2", CHAIN, [*chain_options, "--run-dir", str(killed)], log)
+    ranks.kill_at(launcher, killed / stage / "metrics.jsonl", lines)
+    assert launcher.wait(ranks.PATIENCE) == 1
+    again = ranks.accelerate("ddp_cpu2", CHAIN, [*chain_options, "--run-dir", str(killed)], log)
+    assert again.wait(ranks.PATIENCE) == 0, log.read_text()
+    for name in ("pretrain", "finetune"):
+        assert ranks.metrics(killed / name) == ranks.metrics(tmp_path / "whole" / name)
+    weights = Path("finetune") / "weights" / "ema.safetensors"
+    assert (killed / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+
+
+def test_finished_stages_are_skipped_and_changed_ones_refused(start, chain_options, tmp_path):
+    run = [*chain_options, "--run-dir", str(tmp_path / "run")]
+    first = start(CHAIN, run).wait()
+    assert first.codes == [0], first.outputs
+    assert (
+        "made new: head.weight, head.bias, process_head.weight, process_head.bias; dropped: head." in first.outputs[0]
+    )
+    outcome = json.loads((tmp_path / "run" / "outcome.json").read_text())
+    assert outcome == {"outcome": "done", "step": 2, "reason": "every stage is finished"}
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("run/*/weights/*")}
+    again = start(CHAIN, run).wait()
+    assert again.codes == [0]
+    assert again.outputs[0].count("finished before, skipped") == 2
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    changed = start(CHAIN, [*run, "--pretrain.schedule.lr", "0.5"]).wait()
+    assert changed.codes == [2]
+    assert "schedule.lr: 0.001 there, 0.5 now" in changed.outputs[0]
+
+
+def test_what_a_run_leaves_behind(start, small, tmp_path):
+    ended = start("recipes/pretrain_21k.py", ["--debug", *small, "--run-dir", str(tmp_path)]).wait()
+    assert ended.codes == [0], ended.outputs
+    lines = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps, evaluations = ([line for line in lines if ("split" in line) is kind] for kind in (False, True))
+    assert [line["step"] for line in steps] == list(range(1, 9))
+    assert [line["step"] for line in evaluations] == [4, 8]
+    assert set(steps[0]) == {"step", "epoch", "loss", "lr", "grad_norm", "images_per_second", "data_wait"}
+    heads = [prefix + head for prefix in ("", "ema_") for head in ("memory", "process")]
+    counts = {f"{head}_{count}" for head in heads for count in ("top1", "top5", "loss")}
+    assert set(evaluations[0]) == {"step", "split"} | counts
+    outcome = json.loads((tmp_path / "outcome.json").read_text())
+    assert (outcome["outcome"], outcome["step"], outcome["images"]) == ("done", 8, 8 * 16)
+    assert json.loads((tmp_path / "recipe.json").read_text())["model.embed_dim"] == 24
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["latest", "step-00000006", "step-00000008"]
+    assert "step 8/8  loss" in ended.outputs[0]
+    assert list((tmp_path / "tensorboard").iterdir())

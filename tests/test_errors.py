@@ -1,0 +1,127 @@
+"""What a user can get wrong: exit code 2, one message with value, limit, reason and remedy, and outcome.json."""
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import save_file
+
+from pipeline.prepare import make_model
+from pipeline.recipe import parse
+from recipes import finetune_1k
+
+FINETUNE = "recipes/finetune_1k.py"
+JSON = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds_configs/nosuch.json"}
+
+
+@pytest.fixture
+def refused(start, small, tmp_path):
+    """refused(options, size=1, **environment) -> the message of a launch whose ranks all exit with code 2."""
+
+    def run(options: list[str], size: int = 1, **environment: str) -> str:
+        everything = ["--debug", *small, "--run-dir", str(tmp_path / "run"), *options]
+        ended = start(FINETUNE, everything, size, **environment).wait()
+        assert ended.codes == [2] * size, "\n".join(ended.outputs)
+        message = ended.outputs[0].partition("error: ")[2].strip()
+        outcome = json.loads((tmp_path / "run" / "outcome.json").read_text())
+        assert (outcome["outcome"], outcome["reason"]) == ("error", message)
+        assert not (tmp_path / "run" / "metrics.jsonl").exists(), "work began before the error"
+        return " ".join(message.split())
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--data.path", "nosuch"], ["nosuch", "tools/make_shards.py"]),
+        (["--data.train", "trian"], ["trian", "train"]),
+        (["--augment.image-size", "20"], ["20", "process_ps=8", "16 or 24"]),
+        (["--model.name", "vittm_bse"], ["'vittm_bse'", "'vittm_base'"]),
+        (["--model.embed-dim", "25"], ["25"]),
+        (["--model.start", "nosuch.safetensors"], ["nosuch.safetensors"]),
+        (["--runtime.device", "cuda"], ["runtime.device is 'cuda'", "no CUDA device", "--runtime.device cpu"]),
+        (["--runtime.processes", "4"], ["asks for 4 ranks", "started 1", "--cpu"]),
+        (["--schedule.warmup", "9 steps"], ["'9 steps' is 9 steps", "'8 steps' is only 8", "warm up less"]),
+        (["--schedule.length", "8 weeks"], ["schedule.length", "'8 weeks' is no duration", "'300 epochs'"]),
+        (["--data.global-batch", "160"], ["160", "80"]),
+    ],
+    ids=lambda value: value[0].removeprefix("--") if isinstance(value, list) and value[0].startswith("--") else "",
+)
+def test_refused_before_work_starts(refused, options, parts):
+    message = refused(options)
+    assert all(part in message for part in parts), message
+
+
+def test_a_global_batch_that_the_world_does_not_divide(refused):
+    message = refused(["--data.global-batch", "18", "--data.accumulation", "2"], size=2)
+    assert "global batch of 18" in message
+    assert "16 or 24" in message  # mixing needs an even micro-batch, so the step is 8
+
+
+def test_a_checkpoint_of_another_model(refused, small, tmp_path):
+    other = parse(finetune_1k.make, finetune_1k.MODELS, "", ["--debug", *small, "--model.depth", "3"])
+    save_file(make_model(other, num_classes=5).state_dict(), tmp_path / "other.safetensors")
+    message = refused(["--model.start", str(tmp_path / "other.safetensors")])
+    assert "other.safetensors" in message
+    assert "layers.2." in message
+
+
+def test_a_deepspeed_configuration_that_is_not_there(refused):
+    message = refused([], size=2, **JSON)
+    assert "names the DeepSpeed configuration 'ds_configs/nosuch.json'" in message
+    assert "correct deepspeed_config_file" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"gradient_clipping": 3.0}, "gradient_clipping is 3.0, but the recipe makes it 1.0"),
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage is 3, but this backend runs (1, 2)"),
+        ({"aio": {"block_size": "auto"}}, 'aio.block_size is "auto", but no recipe field fills it'),
+    ],
+)
+def test_a_deepspeed_configuration_that_contradicts(refused, tmp_path, changes, part):
+    config = {"zero_optimization": {"stage": 2}} | changes
+    (tmp_path / "zero.json").write_text(json.dumps(config))
+    environment = JSON | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "zero.json")}
+    assert part in refused([], size=2, **environment)
+
+
+def test_resuming_with_another_recipe_shows_both_values(start, small, tmp_path):
+    options = ["--debug", *small, "--run-dir", str(tmp_path / "run")]
+    first = start(FINETUNE, [*options, "--schedule.length", "2 steps"]).wait()
+    assert first.codes == [0], first.outputs
+    again = start(FINETUNE, [*options, "--schedule.length", "4 steps", "--data.workers", "2"]).wait()
+    assert again.codes == [2]
+    assert "schedule.length: '2 steps' there, '4 steps' now" in again.outputs[0]
+    assert "data.workers" not in again.outputs[0]
+
+
+def test_a_bad_image_is_named(start, small, shards, tmp_path):
+    data = shutil.copytree(shards, tmp_path / "data")
+    for tar in data.glob("train-*.tar"):
+        image = bytearray(tar.read_bytes())
+        image[512 : 512 + 64] = bytes(64)  # the first member's content begins behind its header
+        tar.write_bytes(image)
+    ended = start(FINETUNE, ["--debug", *small, "--run-dir", str(tmp_path / "run"), "--data.path", str(data)]).wait()
+    assert ended.codes == [2], ended.outputs
+    assert "train-00000" in ended.outputs[0]
+    assert "cannot decode an image" in ended.outputs[0]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(start, small, tmp_path):
+    options = [
+        "--debug",
+        *small,
+        "--run-dir",
+        str(tmp_path / "run"),
+        "--schedule.lr",
+        "1e30",
+        "--schedule.warmup",
+        "0%",
+    ]
+    ended = start("recipes/pretrain_21k.py", options).wait()
+    assert ended.codes == [2], ended.outputs
+    assert "training has diverged" in ended.outputs[0]
+    assert json.loads((tmp_path / "run" / "outcome.json").read_text())["outcome"] == "error"

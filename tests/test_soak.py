@@ -1,0 +1,52 @@
+"""`make soak`: the launch files side by side, and ranks killed at many random moments."""
+
+import random
+from pathlib import Path
+
+import pytest
+import ranks
+
+pytestmark = pytest.mark.soak
+LAUNCH_FILES = ("ddp_cpu2", "fsdp_cpu2", "zero2_cpu2")
+FINETUNE, CHAIN = "recipes/finetune_1k.py", "recipes/chain.py"
+STEPS = 20
+KILLS = 5
+TOLERANCE = 1e-5
+
+
+def launched(launch_file: str, script: str, options: list[str], log: Path) -> None:
+    assert ranks.accelerate(launch_file, script, options, log).wait(ranks.PATIENCE) == 0, log.read_text()
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_launch_files_side_by_side(start, small, tmp_path, accumulation):
+    options = ["--debug", *small, "--schedule.length", f"{STEPS} steps", "--model.drop-path-rate", "0"]
+    options += ["--data.accumulation", str(accumulation), "--run-dir"]
+    assert start(FINETUNE, [*options, str(tmp_path / "one")]).wait().codes == [0]
+    for launch_file in LAUNCH_FILES:
+        launched(launch_file, FINETUNE, [*options, str(tmp_path / launch_file)], tmp_path / f"{launch_file}.log")
+    found = {name: ranks.metrics(tmp_path / name) for name in ("one", *LAUNCH_FILES)}
+    print(f"\nlosses, accumulation {accumulation}\nstep {'  '.join(f'{name:>12}' for name in found)}")
+    for lines in zip(*found.values(), strict=True):
+        if "split" not in lines[0]:
+            losses = [line["loss"] for line in lines]
+            print(f"{lines[0]['step']:4d} {'  '.join(f'{loss:12.7f}' for loss in losses)}")
+            assert losses == pytest.approx([losses[0]] * len(losses), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("launch_file", LAUNCH_FILES)
+def test_killed_again_and_again(chain_options, tmp_path, launch_file):
+    seed = random.SystemRandom().randrange(1 << 32)
+    print(f"\n{launch_file}: seed {seed}")
+    moments = random.Random(seed)
+    launched(launch_file, CHAIN, [*chain_options, "--run-dir", str(tmp_path / "whole")], tmp_path / "whole.log")
+    for kill in range(KILLS):
+        killed, log = tmp_path / f"killed-{kill}", tmp_path / f"killed-{kill}.log"
+        stage, lines = moments.choice(["pretrain", "finetune"]), moments.randint(1, 7)
+        launcher = ranks.accelerate(launch_file, CHAIN, [*chain_options, "--run-dir", str(killed)], log)
+        ranks.kill_at(launcher, killed / stage / "metrics.jsonl", lines)
+        assert launcher.wait(ranks.PATIENCE) == 1
+        launched(launch_file, CHAIN, [*chain_options, "--run-dir", str(killed)], log)
+        for name in ("pretrain", "finetune"):
+            assert ranks.metrics(killed / name) == ranks.metrics(tmp_path / "whole" / name), (stage, lines)
+        print(f"killed after line {lines} of {stage}: resumed bitwise")
