@@ -175,6 +175,8 @@ def _load(samples: Samples, requests: Iterable[Request], loading: Loading) -> It
         sampler=requests,
         batch_size=None,
         num_workers=loading.workers,
+        # Forked in milliseconds, where another start would import torch anew for each evaluation.
+        multiprocessing_context="fork" if loading.workers else None,
         pin_memory=loading.device.type == "cuda",
         worker_init_fn=_leave_signals_to_trainer,
         generator=torch.Generator(),  # else each loader draws from the RNG of the model, which a resume must repeat

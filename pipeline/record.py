@@ -48,7 +48,7 @@ class Record:
         if not self.is_main:
             yield
             return
-        cut_metrics(self.run_dir / METRICS, start)
+        cut_metrics(self.run_dir, start)
         board = SummaryWriter(self.run_dir / "tensorboard", purge_step=start + 1)
         bar = tqdm(initial=start, total=total, unit="step", disable=None, dynamic_ncols=True)
         with (self.run_dir / METRICS).open("a") as self._file, board as self._board, bar as self._bar:
@@ -92,23 +92,23 @@ class Record:
         return tqdm.format_interval(seconds)
 
 
-def cut_metrics(path: Path, step: int) -> None:
+def cut_metrics(run_dir: Path, step: int) -> None:
     """Drops a torn last line, and every line after `step`; of `step` itself the evaluation, which a checkpoint of that
     step precedes."""
-    if not path.exists():
-        return
-    kept = []
-    for text in path.read_text().splitlines(keepends=True):
-        line = _parse_line(text)
-        if line is not None and (line["step"] < step or (line["step"] == step and "split" not in line)):
-            kept.append(text)
-    _replace(path, "".join(kept))
+    lines = read_metrics(run_dir)
+    kept = [line for line in lines if line["step"] < step or (line["step"] == step and "split" not in line)]
+    _replace(run_dir / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def write_outcome(run_dir: Path, outcome: str, step: int, reason: str, **more: float) -> None:
     """outcome: "done", "requeue" or "error"; launch scripts read it, for launchers hide exit codes."""
     run_dir.mkdir(parents=True, exist_ok=True)
     _replace(run_dir / OUTCOME, json.dumps({"outcome": outcome, "step": step, "reason": reason, **more}) + "\n")
+
+
+def forget_outcome(run_dir: Path) -> None:
+    """Removes the outcome of an earlier attempt: a run that is killed leaves none."""
+    (run_dir / OUTCOME).unlink(missing_ok=True)
 
 
 def read_outcome(run_dir: Path) -> dict:
@@ -119,8 +119,19 @@ def read_outcome(run_dir: Path) -> dict:
 
 def last_evaluation(run_dir: Path) -> dict[str, float]:
     """The last evaluation in the metrics of a finished run."""
-    lines = [json.loads(text) for text in (run_dir / METRICS).read_text().splitlines()]
-    return [line for line in lines if "split" in line][-1]
+    return [line for line in read_metrics(run_dir) if "split" in line][-1]
+
+
+def last_step(run_dir: Path) -> int:
+    """The last step in the metrics of a run; 0 where there is none."""
+    return max((line["step"] for line in read_metrics(run_dir)), default=0)
+
+
+def read_metrics(run_dir: Path) -> list[dict]:
+    """The whole lines of a run's metrics."""
+    path = run_dir / METRICS
+    texts = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [line for text in texts if (line := _parse_line(text)) is not None]
 
 
 def keep_recipe(run_dir: Path, recipe: Recipe) -> None:

@@ -20,7 +20,7 @@ from pipeline.backend import Stepped, World, start
 from pipeline.data import evaluation_batches
 from pipeline.prepare import Run, prepare
 from pipeline.recipe import Recipe, Runtime, flatten
-from pipeline.record import write_outcome
+from pipeline.record import forget_outcome, last_step, read_outcome, write_outcome
 from shards.durable import atomic_file
 from shards.errors import UserError
 
@@ -34,6 +34,8 @@ def fit(recipe: Recipe, world: World) -> str:
 
     Raises UserError before the first step for whatever cannot work.
     """
+    if world.is_main:
+        forget_outcome(Path(recipe.run_dir))
     run = prepare(recipe, world)
     outcome = train(run)
     run.learner.backend.close()
@@ -191,6 +193,8 @@ def run(recipe: Recipe) -> NoReturn:
 
 def launch(job: Callable[[World], str], runtime: Runtime, run_dir: Path) -> NoReturn:
     """Joins the launch, does the job, leaves: code 0 done, 75 to be started again, 2 the user's error, 1 a defect."""
+    if os.environ.get("RANK", "0") == "0":
+        forget_outcome(run_dir)
     try:
         outcome = job(start(runtime.device, runtime.processes))
     except UserError as error:
@@ -203,10 +207,14 @@ def launch(job: Callable[[World], str], runtime: Runtime, run_dir: Path) -> NoRe
 
 
 def fail(run_dir: Path, code: int, reason: str) -> NoReturn:
-    """Says why and leaves, waiting for nobody: other ranks may be stuck in a collective that this one has left."""
+    """Says why and leaves, waiting for nobody: other ranks may be stuck in a collective that this one has left.
+
+    The first rank's reason stays in outcome.json; what others fail with is often only its consequence.
+    """
     print(f"error: {reason}", file=sys.stderr, flush=True)
     try:
-        write_outcome(run_dir, "error", -1, reason)
+        if not read_outcome(run_dir):
+            write_outcome(run_dir, "error", last_step(run_dir), reason)
     except (OSError, UserError) as error:
         print(f"error: {run_dir} takes no outcome.json: {error}", file=sys.stderr, flush=True)
     leave(code)

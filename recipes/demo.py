@@ -38,7 +38,7 @@ def make(model: str, small: bool) -> Demo:
         augment=Augment(image_size=32, crop_scale=(0.6, 1.0), hflip=0.0),
         model=Model(name=model, memory_ps=4, process_ps=16, embed_dim=64, depth=4, num_heads=2),
         optimizer=Optimizer(weight_decay=0.05),
-        schedule=_schedule(small, "15 epochs"),
+        schedule=_schedule(small, "12 epochs"),
         evaluation=Evaluation(every="100%"),
         checkpoint=Checkpoint(every="20%"),
     )
@@ -47,13 +47,13 @@ def make(model: str, small: bool) -> Demo:
         run_dir="finetune",
         ema_decay=0.95,
         data=dataclasses.replace(pretrain.data, path="data/demo/digits"),
-        schedule=_schedule(small, "40 epochs"),
+        schedule=_schedule(small, "30 epochs"),
     )
     few = dataclasses.replace(
         finetune,
         run_dir="few",
-        data=dataclasses.replace(finetune.data, global_batch=50),
-        schedule=_schedule(small, "200 epochs"),
+        data=dataclasses.replace(finetune.data, global_batch=32),
+        schedule=_schedule(small, "130 epochs"),
     )
     return Demo(pretrain, finetune, few)
 

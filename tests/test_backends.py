@@ -18,6 +18,7 @@ from shards.errors import UserError
 
 STEPS = 20
 STOPPED_STEPS, STOPPED_AFTER = 10, 5
+BF16_STEPS = 4
 STRATEGIES = ("ddp", "fsdp", "deepspeed")
 TOLERANCE = 1e-5
 
@@ -41,6 +42,8 @@ def fit_each(strategies: tuple[str, ...], options: list[str], root: Path) -> Non
         assert fit(recipe_of(options, root / strategy), placed) == "done"
         assert fit(recipe_of(options, root / f"{strategy}-whole", STOPPED_STEPS, 0.2), placed) == "done"
         stop_and_resume(recipe_of(options, root / f"{strategy}-stopped", STOPPED_STEPS, 0.2), placed)
+        bf16 = recipe_of([*options, "--runtime.precision", "bf16"], root / f"{strategy}-bf16", BF16_STEPS)
+        assert fit(bf16, placed) == "done"
     leave(0)
 
 
@@ -94,6 +97,14 @@ def test_losses_norms_and_averages_equal_those_of_one_process(runs, strategy):
     for line, reference in zip(found, expected, strict=True):
         assert line.pop("split", None) == reference.pop("split", None)
         assert line == pytest.approx(reference, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_bf16_is_near_fp32_and_is_not_fp32(runs, strategy):
+    fp32, bf16 = (ranks.metrics(runs / "two" / f"{strategy}{suffix}")[:2] for suffix in ("", "-bf16"))
+    for line, reference in zip(bf16, fp32, strict=True):
+        assert line["loss"] == pytest.approx(reference["loss"], rel=2e-3)
+    assert bf16[1]["grad_norm"] != pytest.approx(fp32[1]["grad_norm"], rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("run", ["one/ddp", *(f"two/{strategy}" for strategy in STRATEGIES)])

@@ -19,6 +19,7 @@ def test_killed_at_a_random_step_and_started_again(start, chain_options, tmp_pat
     launcher = ranks.accelerate("ddp_cpu2", CHAIN, [*chain_options, "--run-dir", str(killed)], log)
     ranks.kill_at(launcher, killed / stage / "metrics.jsonl", lines)
     assert launcher.wait(ranks.PATIENCE) == 1
+    assert not (killed / "outcome.json").exists(), "a launcher's script would take it for an orderly end"
     again = ranks.accelerate("ddp_cpu2", CHAIN, [*chain_options, "--run-dir", str(killed)], log)
     assert again.wait(ranks.PATIENCE) == 0, log.read_text()
     for name in ("pretrain", "finetune"):
