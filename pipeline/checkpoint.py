@@ -17,6 +17,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from shards.durable import atomic_file, sync_directory
 from shards.errors import UserError
@@ -69,7 +70,7 @@ class Checkpoints:
             self._write(temporary, engine, averages, state | {"step": step})
             hashes = self._hash(temporary)
             self._on_main(lambda: self._commit(temporary, final, hashes))
-        except OSError as error:
+        except (OSError, CheckpointException) as error:
             raise UserError(
                 f"the checkpoint of step {step} cannot be written to {self.root} ({error}): the older checkpoints are "
                 "whole; free space or permissions there and start again, the run resumes from the newest of them"

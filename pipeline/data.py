@@ -19,7 +19,7 @@ from pipeline.augment import ERASING_DRAWS, Mixing, erase, erasing_boxes, normal
 from pipeline.backend.world import STOP_SIGNALS, World
 from shards.errors import UserError
 from shards.plan import Plan, evaluation_share, micro_batches, rank_slice, uniforms
-from shards.reader import Reader
+from shards.reader import BadSample, Reader
 
 TRANSFORM_STREAM = 0
 ERASING_STREAM = 1
@@ -72,7 +72,14 @@ class Samples(Dataset):
         self.transform = transform
         self.seed = seed
 
-    def __getitem__(self, request: Request) -> Batch:
+    def __getitem__(self, request: Request) -> "Batch | BadSample":
+        """A bad sample is handed over like a batch: raised in a worker it would arrive with the worker's traceback."""
+        try:
+            return self._batch(request)
+        except BadSample as error:
+            return error
+
+    def _batch(self, request: Request) -> Batch:
         known = np.where(request.ids == PADDING, 0, request.ids)
         draws = uniforms(self.seed, request.epoch, known, TRANSFORM_STREAM, self.transform.num_draws)
         samples = [self._sample(int(sample), row) for sample, row in zip(known, draws, strict=True)]
@@ -183,10 +190,16 @@ def _load(samples: Samples, requests: Iterable[Request], loading: Loading) -> It
     )
     batches: Any = iter(loader)  # its type has no _shutdown_workers, which a loader without workers has not either
     try:
-        yield (batch.to(loading.device) for batch in batches)
+        yield (_checked(batch).to(loading.device) for batch in batches)
     finally:
         if loading.workers:
             batches._shutdown_workers()
+
+
+def _checked(batch: Batch | BadSample) -> Batch:
+    if isinstance(batch, BadSample):
+        raise batch
+    return batch
 
 
 def _leave_signals_to_trainer(worker: int) -> None:

@@ -117,7 +117,8 @@ def prepare(recipe: Recipe, world: World) -> Run:
     if recipe.model.start and newest is None:
         start_from(model, recipe.model.start, say=world.is_main)
     learner = make_learner(recipe, world, model, schedule, len(given.validation.reader))
-    run = Run(recipe, world, durations, given, learner, checkpoints, Record(run_dir, world.is_main))
+    record = Record(run_dir, world.is_main, recipe.data.global_batch)
+    run = Run(recipe, world, durations, given, learner, checkpoints, record)
     begin(run, newest)
     if world.is_main:
         keep_recipe(run_dir, recipe)

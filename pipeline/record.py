@@ -32,19 +32,54 @@ MAY_CHANGE = (
 """Fields that a resumed run may change: they decide how, not what, is computed (the index has its own fingerprint)."""
 
 
+class Meter:
+    """Images a second, and the share of the time spent waiting for data, since it was last read. Evaluations and
+    checkpoints are left out."""
+
+    def __init__(self, global_batch: int) -> None:
+        self.global_batch = global_batch
+        self.restart()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the wait for one step's data."""
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
+        self._steps += 1
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is not training."""
+        began = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - began
+
+    def read(self) -> dict[str, float]:
+        seconds = time.perf_counter() - self._since
+        values = {"images_per_second": self._steps * self.global_batch / seconds, "data_wait": self._waited / seconds}
+        self.restart()
+        return values
+
+    def restart(self) -> None:
+        self._since, self._waited, self._steps = time.perf_counter(), 0.0, 0
+
+
 class Record:
     """The record of one run, written by rank 0; on other ranks every method does nothing.
 
     `step` counts finished optimizer steps. A line is one JSON object: a logged step, or an evaluation ("split").
     """
 
-    def __init__(self, run_dir: Path, is_main: bool) -> None:
+    def __init__(self, run_dir: Path, is_main: bool, global_batch: int) -> None:
         self.run_dir = run_dir
         self.is_main = is_main
+        self.meter = Meter(global_batch)
 
     @contextmanager
     def open(self, start: int, total: int) -> Iterator[None]:
         """Cuts what an earlier attempt wrote past `start`, then appends."""
+        self.meter.restart()
         if not self.is_main:
             yield
             return
@@ -60,7 +95,9 @@ class Record:
             self._bar.update(step - self._bar.n)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """One line for a logged step, as it is in TensorBoard and beside the bar (or printed, without a terminal)."""
+        """One line for a logged step, with the speed since the last one, in TensorBoard and beside the bar too (or
+        printed, without a terminal)."""
+        values = values | self.meter.read()
         if self.is_main:
             self._write({"step": step, **values})
             self._bar.set_postfix_str(_brief(values))

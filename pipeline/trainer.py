@@ -6,10 +6,8 @@ A checkpoint of a step is taken before the evaluation of that step; a run that r
 import math
 import os
 import sys
-import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -45,12 +43,12 @@ def fit(recipe: Recipe, world: World) -> str:
 def train(run: Run) -> str:
     """The loop. Each rank runs it in step with the others."""
     learner, every, total = run.learner, run.durations, run.durations.total
-    start, meter = run.progress.start, Meter(run.recipe.data.global_batch)
+    start = run.progress.start
     with run.record.open(start, total), run.input.stream.open(start, total) as batches:
         if due(start, every.evaluate, total) and not evaluate(run, start):
             return stop(run, start)
         for step in range(start, total):
-            with meter.waiting():
+            with run.record.meter.waiting():
                 micro_batches = next(batches)
             learner.backend.set_lr(learner.schedule(step))
             stepped = learner.backend.step(learner.criterion, [run.input.augment(batch) for batch in micro_batches])
@@ -59,7 +57,7 @@ def train(run: Run) -> str:
             done = step + 1
             run.record.step(done)
             if due(done, every.log, total):
-                log(run, done, stepped, meter)
+                log(run, done, stepped)
             if run.world.should_stop():
                 return stop(run, done)
             if due(done, every.save, total):
@@ -74,34 +72,7 @@ def due(step: int, every: int, total: int) -> bool:
     return step > 0 and (step % every == 0 or step == total)
 
 
-class Meter:
-    """Images a second, and the share of the time spent waiting for data, since it was last read."""
-
-    def __init__(self, global_batch: int) -> None:
-        self.global_batch = global_batch
-        self._restart()
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        before = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - before
-        self._steps += 1
-
-    def read(self) -> dict[str, float]:
-        seconds = time.perf_counter() - self._since
-        values = {
-            "images_per_second": self._steps * self.global_batch / seconds,
-            "data_wait": self._waited / seconds,
-        }
-        self._restart()
-        return values
-
-    def _restart(self) -> None:
-        self._since, self._waited, self._steps = time.perf_counter(), 0.0, 0
-
-
-def log(run: Run, done: int, stepped: Stepped, meter: Meter) -> None:
+def log(run: Run, done: int, stepped: Stepped) -> None:
     """One line of metrics: the loss is the mean over the global batch. Raises UserError where it is not finite."""
     loss = run.world.sum([stepped.loss.item()])[0] / run.world.size
     if not math.isfinite(loss):
@@ -116,18 +87,16 @@ def log(run: Run, done: int, stepped: Stepped, meter: Meter) -> None:
         "lr": run.learner.schedule(done - 1),
         "grad_norm": stepped.grad_norm.item(),
     }
-    run.record.metrics(done, values | meter.read())
+    run.record.metrics(done, values)
 
 
 def evaluate(run: Run, done: int) -> bool:
     """Evaluates into the record; False where a rank was told to stop before the end of it."""
-    recipe = run.recipe
-    with evaluation_batches(
-        run.input.validation, recipe.evaluation.batch, run.world, run.input.stream.loading
-    ) as batches:
+    samples, batch, loading = run.input.validation, run.recipe.evaluation.batch, run.input.stream.loading
+    with run.record.meter.paused(), evaluation_batches(samples, batch, run.world, loading) as batches:
         values = run.learner.evaluator(batches)
     if values is not None:
-        run.record.evaluation(done, recipe.data.val, values)
+        run.record.evaluation(done, run.recipe.data.val, values)
     return values is not None
 
 
@@ -143,7 +112,8 @@ def save(run: Run, done: int) -> None:
         "world": run.world.size,
         "recipe": flatten(run.recipe),
     }
-    run.checkpoints.save(done, run.learner.backend, run.learner.averages(), state)
+    with run.record.meter.paused():
+        run.checkpoints.save(done, run.learner.backend, run.learner.averages(), state)
     run.progress.saved = done
 
 

@@ -3,16 +3,16 @@
 import dataclasses
 import os
 import signal
-import threading
 from pathlib import Path
 
 import pytest
 import ranks
 
 from pipeline.backend import World, start
+from pipeline.loss import SummedOverHeads
 from pipeline.prepare import prepare
 from pipeline.recipe import Recipe, parse
-from pipeline.trainer import fit, leave
+from pipeline.trainer import fit, leave, train
 from recipes import finetune_1k
 from shards.errors import UserError
 
@@ -64,18 +64,26 @@ class OnRankZero:
 
 
 def stop_and_resume(recipe: Recipe, world: World) -> None:
-    if world.is_main:
-        threading.Thread(target=signal_when, args=(Path(recipe.run_dir) / "metrics.jsonl",)).start()
-    assert fit(recipe, world) == "requeue"
+    run = prepare(recipe, world)
+    learner = dataclasses.replace(run.learner, criterion=SignalledAt(STOPPED_AFTER, recipe, world))
+    assert train(dataclasses.replace(run, learner=learner)) == "requeue"
+    run.learner.backend.close()
     world.stop.raised = False
     assert fit(recipe, world) == "done"
 
 
-def signal_when(metrics: Path) -> None:
-    """SIGTERM to this process, as from a scheduler, once so many steps are logged."""
-    while not metrics.exists() or metrics.read_text().count("\n") < STOPPED_AFTER:
-        threading.Event().wait(ranks.POLL)
-    os.kill(os.getpid(), signal.SIGTERM)
+class SignalledAt(SummedOverHeads):
+    """The recipe's criterion, in the middle of whose step number `step` rank 0 gets a SIGTERM, as from a scheduler."""
+
+    def __init__(self, step: int, recipe: Recipe, world: World) -> None:
+        super().__init__(recipe.loss)
+        self.calls = step * recipe.data.accumulation if world.is_main else 0
+
+    def __call__(self, outputs, targets):
+        self.calls -= 1
+        if self.calls == 0:
+            signal.raise_signal(signal.SIGTERM)
+        return super().__call__(outputs, targets)
 
 
 @pytest.fixture(scope="module")

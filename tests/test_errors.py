@@ -1,13 +1,20 @@
 """What a user can get wrong: exit code 2, one message with value, limit, reason and remedy, and outcome.json."""
 
+import dataclasses
 import json
+import os
+import resource
 import shutil
+from pathlib import Path
 
 import pytest
+import ranks
 from safetensors.torch import save_file
 
-from pipeline.prepare import make_model
+from pipeline.backend import World
+from pipeline.prepare import make_model, prepare
 from pipeline.recipe import parse
+from pipeline.trainer import launch, save
 from recipes import finetune_1k
 
 FINETUNE = "recipes/finetune_1k.py"
@@ -108,6 +115,36 @@ def test_a_bad_image_is_named(start, small, shards, tmp_path):
     assert ended.codes == [2], ended.outputs
     assert "train-00000" in ended.outputs[0]
     assert "cannot decode an image" in ended.outputs[0]
+    assert "Traceback" not in ended.outputs[0]
+
+
+def train_on_a_full_disk(options: list[str], strategy: str, limit: int) -> None:
+    """No file may grow beyond the limit from the second checkpoint on."""
+    recipe = parse(finetune_1k.make, finetune_1k.MODELS, "", ["--debug", *options])
+    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(ranks.ROOT / "ds_configs" / "zero2.json")
+
+    def job(world: World) -> str:
+        run = prepare(recipe, dataclasses.replace(world, strategy=strategy))
+        with run.record.open(0, 4):
+            save(run, 2)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            save(run, 4)
+        return "done"
+
+    launch(job, recipe.runtime, Path(recipe.run_dir))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed"])
+def test_a_full_disk_leaves_the_older_checkpoint_whole(small, tmp_path, strategy):
+    options = [*small, "--run-dir", str(tmp_path / "run")]
+    ended = ranks.run_function(train_on_a_full_disk, (options, strategy, 20_000), tmp_path / "logs", 2).wait()
+    assert 2 in ended.codes, "\n".join(ended.outputs)
+    assert "the checkpoint of step 4 cannot be written" in "".join(ended.outputs)
+    assert "start again, the run resumes from the newest of them" in "".join(ended.outputs)
+    root = tmp_path / "run" / "checkpoints"
+    assert (root / "latest").read_text() == "step-00000002"
+    assert (root / "step-00000002" / "COMMITTED").exists()
+    assert not (root / "step-00000004").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(start, small, tmp_path):

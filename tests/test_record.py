@@ -6,11 +6,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pipeline.record import Record, forget_outcome, last_evaluation, last_step, read_outcome, write_outcome
 
-VALUES = {"epoch": 0.5, "loss": 1.0, "lr": 0.1, "grad_norm": 2.0, "images_per_second": 9.0, "data_wait": 0.0}
+VALUES = {"epoch": 0.5, "loss": 1.0, "lr": 0.1, "grad_norm": 2.0}
 
 
 def write(run_dir, start, stop):
-    record = Record(run_dir, is_main=True)
+    record = Record(run_dir, is_main=True, global_batch=8)
     with record.open(start, 10):
         for step in range(start + 1, stop + 1):
             record.step(step)
@@ -46,7 +46,7 @@ def test_tensorboard_shows_the_same_as_the_metrics(tmp_path):
 
 
 def test_other_ranks_write_nothing(tmp_path):
-    record = Record(tmp_path, is_main=False)
+    record = Record(tmp_path, is_main=False, global_batch=8)
     with record.open(0, 10):
         record.step(1)
         record.metrics(1, VALUES)

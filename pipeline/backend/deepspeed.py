@@ -53,7 +53,10 @@ class DeepSpeed(Backend):
 
     def save_engine(self, directory: Path) -> None:
         """DeepSpeed's own pickles: read back only from a committed directory whose hashes match."""
-        self.engine.save_checkpoint(directory, tag=TAG, save_latest=False)
+        try:
+            self.engine.save_checkpoint(directory, tag=TAG, save_latest=False)
+        except RuntimeError as error:  # what torch.save's writer makes of a write that failed
+            raise OSError(f"DeepSpeed's save_checkpoint: {error}") from error
 
     def load_engine(self, directory: Path) -> None:
         self.engine.load_checkpoint(directory, tag=TAG)
