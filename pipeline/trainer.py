@@ -110,6 +110,7 @@ def save(run: Run, done: int) -> None:
         "ema_updates": run.learner.ema.num_updates if run.learner.ema else 0,
         "seconds": run.progress.seconds(),
         "world": run.world.size,
+        "strategy": run.world.strategy,
         "recipe": flatten(run.recipe),
     }
     with run.record.meter.paused():

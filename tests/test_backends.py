@@ -41,7 +41,10 @@ def fit_each(strategies: tuple[str, ...], options: list[str], root: Path) -> Non
         placed = dataclasses.replace(world, strategy=strategy)
         assert fit(recipe_of(options, root / strategy), placed) == "done"
         assert fit(recipe_of(options, root / f"{strategy}-whole", STOPPED_STEPS, 0.2), placed) == "done"
-        stop_and_resume(recipe_of(options, root / f"{strategy}-stopped", STOPPED_STEPS, 0.2), placed)
+        stopped = recipe_of(options, root / f"{strategy}-stopped", STOPPED_STEPS, 0.2)
+        stop(stopped, placed)
+        assert fit(stopped, placed) == "done"
+        stop(recipe_of(options, root / f"{strategy}-moved"), placed)
         bf16 = recipe_of([*options, "--runtime.precision", "bf16"], root / f"{strategy}-bf16", BF16_STEPS)
         assert fit(bf16, placed) == "done"
     leave(0)
@@ -63,13 +66,22 @@ class OnRankZero:
         self.rank, self.size, self.gather = 0, world.size, world.gather
 
 
-def stop_and_resume(recipe: Recipe, world: World) -> None:
+def stop(recipe: Recipe, world: World) -> None:
+    """The recipe's run up to a signal."""
     run = prepare(recipe, world)
     learner = dataclasses.replace(run.learner, criterion=SignalledAt(STOPPED_AFTER, recipe, world))
     assert train(dataclasses.replace(run, learner=learner)) == "requeue"
     run.learner.backend.close()
     world.stop.raised = False
-    assert fit(recipe, world) == "done"
+
+
+def finish_alone(options: list[str], root: Path) -> None:
+    """What two ranks of FSDP2 began is taken over by one process of DDP; what ZeRO-2 began is refused."""
+    world = start("cpu")
+    assert fit(recipe_of(options, root / "fsdp-moved"), world) == "done"
+    with pytest.raises(UserError, match=r"saved by 2 ranks of deepspeed, and cannot be continued by 1 ranks of ddp"):
+        fit(recipe_of(options, root / "deepspeed-moved"), world)
+    leave(0)
 
 
 class SignalledAt(SummedOverHeads):
@@ -93,12 +105,14 @@ def runs(tmp_path_factory, shards):
     options += ["--model.embed-dim", "24", "--evaluation.batch", "8", "--checkpoint.every", "100%"]
     alone = ranks.run_function(fit_each, (("ddp",), options, root / "one"), root / "logs", 1)
     pair = ranks.run_function(fit_each, (STRATEGIES, options, root / "two"), root / "logs", 2)
-    for ended in (alone.wait(), pair.wait()):
+    ends = [alone.wait(), pair.wait()]
+    ends.append(ranks.run_function(finish_alone, (options, root / "two"), root / "logs", 1).wait())
+    for ended in ends:
         assert set(ended.codes) == {0}, "\n".join(ended.outputs)
     return root
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "fsdp-moved"])
 def test_losses_norms_and_averages_equal_those_of_one_process(runs, strategy):
     expected, found = ranks.metrics(runs / "one" / "ddp"), ranks.metrics(runs / "two" / strategy)
     assert len(expected) == STEPS + 2

@@ -27,7 +27,8 @@ class DeepSpeed(Backend):
     def __init__(
         self, world: World, model: nn.Module, optimizer: torch.optim.Optimizer, options: StepOptions, config: dict
     ) -> None:
-        _check_toolchain()
+        if world.device.type == "cpu":
+            _check_toolchain()
         self.accelerator = Accelerator(
             deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config),
             mixed_precision="no",
@@ -142,12 +143,12 @@ def _refuse_auto(config: dict, path: str, prefix: str = "") -> None:
 
 
 def _check_toolchain() -> None:
-    """DeepSpeed compiles its communication and optimizer kernels at first use."""
+    """On the CPU, DeepSpeed compiles its communication kernel at first use."""
     header = Path(sysconfig.get_path("include")) / "Python.h"
     missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
     missing += [] if header.exists() else [str(header)]
     if missing:
         raise UserError(
-            f"DeepSpeed compiles kernels at first use, but {', '.join(missing)} is missing: install g++, the Python "
+            f"DeepSpeed compiles a kernel at first use, but {', '.join(missing)} is missing: install g++, the Python "
             "headers (Debian: g++ python3-dev) and ninja (pip install ninja), and put ninja on PATH"
         )
