@@ -1,6 +1,6 @@
 """Top-1 and top-5 of every head, every sample counted once on any number of ranks."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -26,7 +26,7 @@ class Evaluator:
     variants: Variants
     num_samples: int
 
-    def __call__(self, batches: Iterator[Batch]) -> dict[str, float] | None:
+    def __call__(self, batches: Iterable[Batch]) -> dict[str, float] | None:
         """{"memory_top1": .., "memory_top5": .., "memory_loss": .., ...}: shares of the split's samples, and the mean
         cross-entropy of unsmoothed labels; None where a rank was told to stop before the end.
 

@@ -4,9 +4,10 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -15,6 +16,7 @@ from pipeline.recipe import Recipe, flatten
 from shards.durable import atomic_file
 from shards.errors import UserError
 
+T = TypeVar("T")
 METRICS = "metrics.jsonl"
 OUTCOME = "outcome.json"
 RECIPE = "recipe.json"
@@ -103,6 +105,11 @@ class Record:
             self._bar.set_postfix_str(_brief(values))
             if self._bar.disable:
                 print(f"step {step}/{self._total}  {_brief(values)}  ETA {self._eta(step)}", flush=True)
+
+    def watch(self, batches: Iterator[T], total: float) -> Iterable[T]:
+        """The batches of an evaluation, under a bar of their own while they last."""
+        disable = None if self.is_main else True
+        return tqdm(batches, total=math.ceil(total), unit="batch", desc="evaluation", leave=False, disable=disable)
 
     def evaluation(self, step: int, split: str, values: dict[str, float]) -> None:
         if self.is_main:

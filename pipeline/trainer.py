@@ -35,9 +35,24 @@ def fit(recipe: Recipe, world: World) -> str:
     if world.is_main:
         forget_outcome(Path(recipe.run_dir))
     run = prepare(recipe, world)
+    if world.is_main:
+        print(describe(run), flush=True)
     outcome = train(run)
     run.learner.backend.close()
     return outcome
+
+
+def describe(run: Run) -> str:
+    """One line: what is trained, where, on how much, and from where on."""
+    recipe, world, plan = run.recipe, run.world, run.input.stream.plan
+    parameters = sum(parameter.numel() for parameter in run.learner.backend.module.parameters())
+    share = plan.global_batch // world.size // recipe.data.accumulation
+    return (
+        f"{recipe.model.name}: {parameters / 1e6:.2f} M parameters in {recipe.runtime.precision}, {world.strategy} on "
+        f"{world.size} x {world.device.type}; {plan.num_samples:,} samples; a step takes {plan.global_batch} = "
+        f"{world.size} ranks x {recipe.data.accumulation} micro-batches x {share}; steps {run.progress.start} to "
+        f"{run.durations.total}, {plan.batches_per_epoch} an epoch"
+    )
 
 
 def train(run: Run) -> str:
@@ -94,7 +109,7 @@ def evaluate(run: Run, done: int) -> bool:
     """Evaluates into the record; False where a rank was told to stop before the end of it."""
     samples, batch, loading = run.input.validation, run.recipe.evaluation.batch, run.input.stream.loading
     with run.record.meter.paused(), evaluation_batches(samples, batch, run.world, loading) as batches:
-        values = run.learner.evaluator(batches)
+        values = run.learner.evaluator(run.record.watch(batches, len(samples.reader) / run.world.size / batch))
     if values is not None:
         run.record.evaluation(done, run.recipe.data.val, values)
     return values is not None

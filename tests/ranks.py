@@ -83,11 +83,16 @@ def accelerate(launch_file: str, script: str, options: Sequence[str], log: Path)
 
 def kill_at(launcher: subprocess.Popen, metrics_file: Path, num_lines: int) -> None:
     """SIGKILL to every rank of a launcher once so many lines are logged."""
-    while not metrics_file.exists() or metrics_file.read_text().count("\n") < num_lines:
-        assert launcher.poll() is None, "the launch ended before it could be killed"
-        threading.Event().wait(POLL)
+    when_logged(metrics_file, num_lines, lambda: launcher.poll() is None)
     for rank in psutil.Process(launcher.pid).children():
         os.kill(rank.pid, signal.SIGKILL)
+
+
+def when_logged(metrics_file: Path, num_lines: int, alive: Callable[[], bool]) -> None:
+    """Returns once so many lines are logged."""
+    while not metrics_file.exists() or metrics_file.read_text().count("\n") < num_lines:
+        assert alive(), "the launch ended before so many lines were logged"
+        threading.Event().wait(POLL)
 
 
 def _launched(size: int) -> list[dict[str, str]]:

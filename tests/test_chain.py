@@ -65,3 +65,22 @@ def test_what_a_run_leaves_behind(start, small, tmp_path):
     assert kept == ["latest", "step-00000006", "step-00000008"]
     assert "step 8/8  loss" in ended.outputs[0]
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_signal_to_one_rank_ends_the_chain_in_order(start, chain_options, tmp_path):
+    options = [*chain_options, "--pretrain.schedule.length", "60 steps", "--pretrain.evaluation.every", "100%"]
+    options += ["--run-dir", str(tmp_path / "run")]
+    running = start(CHAIN, options, 2)
+    ranks.when_logged(tmp_path / "run" / "pretrain" / "metrics.jsonl", 3, lambda: running.processes[1].is_alive())
+    running.processes[1].terminate()
+    ended = running.wait()
+    assert ended.codes == [75, 75], "\n".join(ended.outputs)
+    outcomes = [json.loads((tmp_path / "run" / name / "outcome.json").read_text()) for name in ("", "pretrain")]
+    assert [outcome["outcome"] for outcome in outcomes] == ["requeue", "requeue"]
+    stopped = outcomes[1]["step"]
+    assert 3 <= stopped < 60
+    again = start(CHAIN, options, 2).wait()
+    assert again.codes == [0, 0], "\n".join(again.outputs)
+    assert f"steps {stopped} to 60, 5 an epoch" in again.outputs[0]
+    steps = [line["step"] for line in ranks.metrics(tmp_path / "run" / "pretrain") if "split" not in line]
+    assert steps == list(range(1, 61))

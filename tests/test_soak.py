@@ -1,6 +1,9 @@
 """`make soak`: the launch files side by side, and ranks killed at many random moments."""
 
+import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,3 +53,14 @@ def test_killed_again_and_again(chain_options, tmp_path, launch_file):
         for name in ("pretrain", "finetune"):
             assert ranks.metrics(killed / name) == ranks.metrics(tmp_path / "whole" / name), (stage, lines)
         print(f"killed after line {lines} of {stage}: resumed bitwise")
+
+
+def test_the_demo_from_end_to_end(tmp_path):
+    """Ten steps a stage: that every command of `make demo` runs, not what it learns."""
+    options = ["--debug", "--data", str(tmp_path / "data"), "--run-dir", str(tmp_path / "run")]
+    subprocess.run([sys.executable, "tools/demo.py", *options], cwd=ranks.ROOT, check=True, timeout=ranks.PATIENCE)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert set(summary) == {"chain", "scratch", "few", "pretrain", "seconds"}
+    assert set(summary["chain"]) == set(summary["scratch"]) == {"top1", "top5"}
+    assert [len(summary["few"][start]) for start in ("chain", "scratch")] == [3, 3]
+    assert summary["pretrain"]["images"] == 10 * 64

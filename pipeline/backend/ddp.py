@@ -77,8 +77,7 @@ class DDP(Backend):
         return torch.stack(losses).mean()
 
     def _check(self) -> None:
-        wrapped = isinstance(self.model, nn.parallel.DistributedDataParallel)
-        if wrapped != (self.world.size > 1):
+        if self.world.size > 1 and not isinstance(self.model, nn.parallel.DistributedDataParallel):
             raise UserError(
                 f"DDP over {self.world.size} ranks was asked for, but Accelerate ({self.accelerator.distributed_type}) "
                 f"made a {type(self.model).__name__}: ranks would train apart; start through ds_configs/ddp_*.yaml"
