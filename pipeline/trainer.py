@@ -73,11 +73,15 @@ def train(run: Run) -> str:
             run.record.step(done)
             if due(done, every.log, total):
                 log(run, done, stepped)
-            if run.world.should_stop():
+            stopping = run.world.should_stop()
+            saving, evaluating = due(done, every.save, total), due(done, every.evaluate, total)
+            if stopping or saving or evaluating:
+                finite_loss(run, done, stepped)
+            if stopping:
                 return stop(run, done)
-            if due(done, every.save, total):
+            if saving:
                 save(run, done)
-            if due(done, every.evaluate, total) and not evaluate(run, done):
+            if evaluating and not evaluate(run, done):
                 return stop(run, done)
         return finish(run)
 
@@ -88,21 +92,29 @@ def due(step: int, every: int, total: int) -> bool:
 
 
 def log(run: Run, done: int, stepped: Stepped) -> None:
-    """One line of metrics: the loss is the mean over the global batch. Raises UserError where it is not finite."""
-    loss = run.world.sum([stepped.loss.item()])[0] / run.world.size
-    if not math.isfinite(loss):
-        raise UserError(
-            f"the loss is {loss} at step {done} (gradient norm {stepped.grad_norm.item()}, learning rate "
-            f"{run.learner.schedule(done - 1):.3g}): training has diverged; the checkpoints before it are whole: lower "
-            "--schedule.lr, lengthen --schedule.warmup or clip harder, in a new --run-dir"
-        )
+    """One line of metrics. Raises UserError as `finite_loss`."""
     values = {
         "epoch": done / run.input.stream.plan.batches_per_epoch,
-        "loss": loss,
+        "loss": finite_loss(run, done, stepped),
         "lr": run.learner.schedule(done - 1),
         "grad_norm": stepped.grad_norm.item(),
     }
     run.record.metrics(done, values)
+
+
+def finite_loss(run: Run, done: int, stepped: Stepped) -> float:
+    """The mean loss over the global batch of the step that was done last, the same on every rank.
+
+    Raises UserError where it or the gradient norm is not finite: the weights are lost then, and must not be saved.
+    """
+    loss, norm = run.world.sum([stepped.loss.item()])[0] / run.world.size, stepped.grad_norm.item()
+    if math.isfinite(loss) and math.isfinite(norm):
+        return loss
+    raise UserError(
+        f"the loss is {loss} and the gradient norm {norm} at step {done} (learning rate "
+        f"{run.learner.schedule(done - 1):.3g}): training has diverged; the checkpoints before it hold finite weights: "
+        "lower --schedule.lr, lengthen --schedule.warmup or clip harder, in a new --run-dir"
+    )
 
 
 def evaluate(run: Run, done: int) -> bool:
