@@ -60,6 +60,7 @@ class Ranks:
         """SIGKILL to every rank."""
         for process in self.processes:
             process.kill()
+            process.join()
 
 
 def run_script(script: str, options: Sequence[str], logs: Path, size: int = 1, **environment: str) -> Ranks:

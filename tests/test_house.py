@@ -5,6 +5,7 @@ Each rule is a function from a directory to the offences in it, so that it can b
 
 import ast
 import configparser
+import os
 import re
 import subprocess
 import sys
@@ -183,7 +184,8 @@ def import_effects(root: Path) -> str:
     """What importing every module of shards, and then of pipeline, printed or set up, in a process of its own."""
     names = [module_name(path) for path, _ in sources(root) if path.parts[0] in ("shards", "pipeline")]
     command = [sys.executable, "-c", IMPORT_ALL, *names]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # of root alone
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     return done.stdout + done.stderr
 
 
