@@ -101,7 +101,16 @@ class SignalledAt(SummedOverHeads):
 def runs(tmp_path_factory, shards):
     root = tmp_path_factory.mktemp("backends")
     options = ["--data.path", str(shards), "--data.global-batch", "16", "--augment.image-size", "16"]
-    options += ["--model.embed-dim", "24", "--evaluation.batch", "8", "--checkpoint.every", "100%"]
+    options += [
+        "--model.embed-dim",
+        "24",
+        "--evaluation.batch",
+        "8",
+        "--checkpoint.every",
+        "100%",
+        "--data.workers",
+        "0",
+    ]
     alone = ranks.run_function(fit_each, (("ddp",), options, root / "one"), root / "logs", 1)
     pair = ranks.run_function(fit_each, (STRATEGIES, options, root / "two"), root / "logs", 2)
     ends = [alone.wait(), pair.wait()]

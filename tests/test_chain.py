@@ -68,7 +68,7 @@ def test_what_a_run_leaves_behind(start, small, tmp_path):
 
 
 def test_a_signal_to_one_rank_ends_the_chain_in_order(start, chain_options, tmp_path):
-    options = [*chain_options, "--pretrain.schedule.length", "60 steps", "--pretrain.evaluation.every", "100%"]
+    options = [*chain_options, "--pretrain.schedule.length", "40 steps", "--pretrain.evaluation.every", "100%"]
     options += ["--run-dir", str(tmp_path / "run")]
     running = start(CHAIN, options, 2)
     ranks.when_logged(tmp_path / "run" / "pretrain" / "metrics.jsonl", 3, lambda: running.processes[1].is_alive())
@@ -78,9 +78,9 @@ def test_a_signal_to_one_rank_ends_the_chain_in_order(start, chain_options, tmp_
     outcomes = [json.loads((tmp_path / "run" / name / "outcome.json").read_text()) for name in ("", "pretrain")]
     assert [outcome["outcome"] for outcome in outcomes] == ["requeue", "requeue"]
     stopped = outcomes[1]["step"]
-    assert 3 <= stopped < 60
+    assert 3 <= stopped < 40
     again = start(CHAIN, options, 2).wait()
     assert again.codes == [0, 0], "\n".join(again.outputs)
-    assert f"steps {stopped} to 60, 5 an epoch" in again.outputs[0]
+    assert f"steps {stopped} to 40, 5 an epoch" in again.outputs[0]
     steps = [line["step"] for line in ranks.metrics(tmp_path / "run" / "pretrain") if "split" not in line]
-    assert steps == list(range(1, 61))
+    assert steps == list(range(1, 41))
