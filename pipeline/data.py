@@ -4,10 +4,14 @@ Shapes: B samples of a micro-batch, H and W pixels.
 """
 
 import dataclasses
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -182,10 +186,9 @@ def _load(samples: Samples, requests: Iterable[Request], loading: Loading) -> It
         sampler=requests,
         batch_size=None,
         num_workers=loading.workers,
-        # Forked in milliseconds, where another start would import torch anew for each evaluation.
-        multiprocessing_context="fork" if loading.workers else None,
+        multiprocessing_context="forkserver" if loading.workers else None,
         pin_memory=loading.device.type == "cuda",
-        worker_init_fn=_leave_signals_to_trainer,
+        worker_init_fn=_depend_on_trainer,
         generator=torch.Generator(),  # else each loader draws from the RNG of the model, which a resume must repeat
     )
     batches: Any = iter(loader)  # its type has no _shutdown_workers, which a loader without workers has not either
@@ -202,10 +205,33 @@ def _checked(batch: Batch | BadSample) -> Batch:
     return batch
 
 
-def _leave_signals_to_trainer(worker: int) -> None:
-    """A signal to the process group must not kill workers under a trainer that is about to save."""
+def serve_workers() -> None:
+    """Starts the process that workers are forked from; it imports what they need while the caller goes on.
+
+    Workers forked from the trainer itself can hang: its process group's threads may hold an interpreter lock at that
+    moment (seen in CPython 3.11, in PyOS_AfterFork_Child). STOP_SIGNALS stay blocked in the server and its children:
+    a signal to the process group must not take the workers from a trainer that is about to save.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["pipeline.chain"])
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _depend_on_trainer(worker: int) -> None:
+    """A worker leaves signals to the trainer, and ends when that has ended; torch itself watches the server instead."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_trainer, daemon=True).start()
+
+
+def _end_with_trainer() -> None:
+    trainer = multiprocessing.parent_process()
+    if trainer is not None:
+        trainer.join()
+        os._exit(1)
 
 
 @dataclass(frozen=True)

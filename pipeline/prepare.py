@@ -17,7 +17,7 @@ import pipeline.models  # noqa: F401 - registers our models with timm
 from pipeline.augment import EvalTransform, Mixing, TrainTransform
 from pipeline.backend import Backend, Criterion, StepOptions, World, wrap
 from pipeline.checkpoint import Checkpoints, read_state
-from pipeline.data import DeviceAugment, Loading, Samples, TrainStream
+from pipeline.data import DeviceAugment, Loading, Samples, TrainStream, serve_workers
 from pipeline.ema import EMA
 from pipeline.evaluate import Evaluator, Variants, head_names
 from pipeline.loss import SummedOverHeads
@@ -105,6 +105,8 @@ def prepare(recipe: Recipe, world: World) -> Run:
     mixes = recipe.augment.mixup or recipe.augment.cutmix
     check_layout(recipe.data.global_batch, world.size, recipe.data.accumulation, pairs=mixes)
     make_deterministic(recipe)
+    if recipe.data.workers:
+        serve_workers()
     index = Index.load(recipe.data.path)
     given = make_input(recipe, index, world)
     schedule, durations = make_schedule(recipe, given.stream.plan.batches_per_epoch)

@@ -51,6 +51,7 @@ def small(shards: Path) -> list[str]:
     options = {
         "data.path": shards,
         "data.global-batch": 16,
+        "data.workers": 0,
         "augment.image-size": 16,
         "model.memory-ps": 4,
         "model.process-ps": 8,

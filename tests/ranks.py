@@ -85,8 +85,12 @@ def accelerate(launch_file: str, script: str, options: Sequence[str], log: Path)
 def kill_at(launcher: subprocess.Popen, metrics_file: Path, num_lines: int) -> None:
     """SIGKILL to every rank of a launcher once so many lines are logged."""
     when_logged(metrics_file, num_lines, lambda: launcher.poll() is None)
-    for rank in psutil.Process(launcher.pid).children():
+    started = psutil.Process(launcher.pid)
+    descendants = started.children(recursive=True)
+    for rank in started.children():
         os.kill(rank.pid, signal.SIGKILL)
+    _, left = psutil.wait_procs(descendants, timeout=PATIENCE)
+    assert not left, f"processes outlive their killed ranks: {left}"
 
 
 def when_logged(metrics_file: Path, num_lines: int, alive: Callable[[], bool]) -> None:

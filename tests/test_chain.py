@@ -16,11 +16,12 @@ def test_killed_at_a_random_step_and_started_again(start, chain_options, tmp_pat
     whole = start(CHAIN, [*chain_options, "--run-dir", str(tmp_path / "whole")], 2).wait()
     assert whole.codes == [0, 0], "\n".join(whole.outputs)
     log, killed = tmp_path / "launch.log", tmp_path / "killed"
-    launcher = ranks.accelerate("ddp_cpu2", CHAIN, [*chain_options, "--run-dir", str(killed)], log)
+    workers = ["--pretrain.data.workers", "1", "--finetune.data.workers", "1"]  # which alters nothing
+    launcher = ranks.accelerate("ddp_cpu2", CHAIN, [*chain_options, *workers, "--run-dir", str(killed)], log)
     ranks.kill_at(launcher, killed / stage / "metrics.jsonl", lines)
     assert launcher.wait(ranks.PATIENCE) == 1
     assert not (killed / "outcome.json").exists(), "a launcher's script would take it for an orderly end"
-    again = ranks.accelerate("ddp_cpu2", CHAIN, [*chain_options, "--run-dir", str(killed)], log)
+    again = ranks.accelerate("ddp_cpu2", CHAIN, [*chain_options, *workers, "--run-dir", str(killed)], log)
     assert again.wait(ranks.PATIENCE) == 0, log.read_text()
     for name in ("pretrain", "finetune"):
         assert ranks.metrics(killed / name) == ranks.metrics(tmp_path / "whole" / name)

@@ -43,6 +43,7 @@ def test_killed_again_and_again(chain_options, tmp_path, launch_file):
     print(f"\n{launch_file}: seed {seed}")
     moments = random.Random(seed)
     launched(launch_file, CHAIN, [*chain_options, "--run-dir", str(tmp_path / "whole")], tmp_path / "whole.log")
+    chain_options += ["--pretrain.data.workers", "1", "--finetune.data.workers", "2"]  # which alters nothing
     for kill in range(KILLS):
         killed, log = tmp_path / f"killed-{kill}", tmp_path / f"killed-{kill}.log"
         stage, lines = moments.choice(["pretrain", "finetune"]), moments.randint(1, 7)

@@ -71,6 +71,7 @@ class StopFlag:
         self.raised = False
 
     def listen(self) -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         for number in STOP_SIGNALS:
             signal.signal(number, self._raise)
 
