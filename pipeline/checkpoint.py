@@ -70,7 +70,7 @@ class Checkpoints:
             self._write(temporary, engine, averages, state | {"step": step})
             hashes = self._hash(temporary)
             self._on_main(lambda: self._commit(temporary, final, hashes))
-        except (OSError, CheckpointException) as error:
+        except (OSError, UserError, CheckpointException) as error:
             raise UserError(
                 f"the checkpoint of step {step} cannot be written to {self.root} ({error}): the older checkpoints are "
                 "whole; free space or permissions there and start again, the run resumes from the newest of them"
@@ -145,11 +145,11 @@ class Checkpoints:
 
     def _on_main(self, work: Callable[[], None]) -> None:
         """Runs `work` on rank 0; where it fails, it fails on every rank, so that none waits for another."""
-        error = None
+        error: Exception | None = None
         if self.world.is_main:
             try:
                 work()
-            except OSError as caught:
+            except (OSError, UserError) as caught:
                 error = caught
         error = self.world.from_main(error)  # type: ignore[assignment]
         if error is not None:

@@ -1,5 +1,6 @@
 """Checkpoints: committed whole, pruned after that, and only whole ones found again."""
 
+import os
 import re
 from pathlib import Path
 
@@ -105,6 +106,15 @@ def test_an_interrupted_save_is_ignored_and_removed(checkpoints, backend):
     assert checkpoints.newest() == checkpoints.root / "step-00000001"
     save(checkpoints, backend, 3)
     assert not half.exists()
+
+
+def test_a_disk_that_fills_up_while_committing(checkpoints, backend):
+    """/dev/full answers every write as a full disk does."""
+    older = save(checkpoints, backend, 1)
+    (checkpoints.root / f"latest.{os.getpid()}.tmp").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"the checkpoint of step 2 cannot be written .*No space left .*start again"):
+        save(checkpoints, backend, 2)
+    assert (older / "COMMITTED").exists()
 
 
 def test_where_nothing_can_be_written(alone, backend, tmp_path):
