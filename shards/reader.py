@@ -1,7 +1,5 @@
 """Sample ids to decoded samples, by positional reads; every way a sample can be bad becomes a BadSample here."""
 
-import os
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,10 +8,10 @@ import numpy as np
 
 from shards import ustar
 from shards.errors import UserError
+from shards.files import OpenFiles
 from shards.index import Index
 
 T = TypeVar("T")
-_MAX_OPEN_FILES = 64
 
 
 class BadSample(UserError):
@@ -32,7 +30,7 @@ class Reader:
         self._paths = [index.root / shard.name for shard in shards]
         self._ends = np.cumsum([shard.num_samples for shard in shards])
         self._offsets = index.offsets(split)
-        self._files = _OpenFiles()
+        self._files = OpenFiles()
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The offsets are mapped again, not copied.
@@ -78,36 +76,3 @@ class Reader:
             f"bad sample in {path}: key {key}, sample {sample_id} of split {self._name!r}: "
             f"{type(error).__name__}: {error}. Copy the shard again, or rewrite the split with tools/make_shards.py."
         )
-
-
-class _OpenFiles:
-    """The files read last, opened when first needed; a forked child opens its own."""
-
-    def __init__(self) -> None:
-        self._owner = os.getpid()
-        self._descriptors: OrderedDict[Path, int] = OrderedDict()
-
-    def read(self, path: Path, offset: int, size: int) -> bytes:
-        """Bytes [offset, offset + size) of a file; OSError where it is missing or shorter."""
-        data = os.pread(self._descriptor(path), size, offset)
-        if len(data) < size:
-            raise OSError(f"the file ends after {len(data)} of {size} bytes at offset {offset}")
-        return data
-
-    def _descriptor(self, path: Path) -> int:
-        if self._owner != os.getpid():
-            self.close()
-            self._owner = os.getpid()
-        if path not in self._descriptors:
-            self._descriptors[path] = os.open(path, os.O_RDONLY)
-            if len(self._descriptors) > _MAX_OPEN_FILES:
-                os.close(self._descriptors.popitem(last=False)[1])
-        self._descriptors.move_to_end(path)
-        return self._descriptors[path]
-
-    def close(self) -> None:
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
-
-    def __del__(self) -> None:
-        self.close()
