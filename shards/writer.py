@@ -1,236 +1,184 @@
-"""Samples to byte-reproducible WebDataset tars: the same samples, seed and shard size give the same files.
+"""Samples to byte-reproducible WebDataset tars: the same images, seed and options give the same files, whatever the
+images came in and however many processes wrote them.
 
-Shards appear one by one, each whole; the offsets and the manifest come last, so an unfinished split never loads.
+Shards appear one by one, each whole; the offsets and the manifest come last, so an unfinished split never loads. A run
+that was ended is taken up by the next one with the same source and options: finished shards stay.
 """
 
+import dataclasses
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import shutil
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from shards import ustar
+from shards.begin import SCRATCH, Begun, Task, begin
 from shards.durable import atomic_file, explained, locked, sync_directory
+from shards.engine import Engine
 from shards.errors import UserError
-from shards.images import BadImage, ImageHeader, read_header
-from shards.index import MANIFEST, OFFSETS_DTYPE, Index, Shard, Split, manifest_bytes, offsets_name
-from shards.plan import Permutation
+from shards.in_place import write_shard
+from shards.index import MANIFEST, OFFSETS_DTYPE, Shard, Split, manifest_bytes, offsets_name
+from shards.options import Budget, WriteOptions
+from shards.parts import Job, forget_losses, offsets_path, read_part
 from shards.progress import Progress
-from shards.sources import Sample, listing_sha256
+from shards.sidecars import write_sidecars
+from shards.sources.base import Rejected, Source
+from shards.spool import fill_spools, shuffle_spool
 
-_MAX_BAD = 20
-_MAX_LISTED = 5
-_MAX_IMAGE_BYTES = 2**32 - 1  # the offsets' size field
-
-
-@dataclass(frozen=True)
-class WriteOptions:
-    """`shard_size`: images a shard at most; `seed` orders the samples over the shards. UserError for bad values."""
-
-    split: str
-    shard_size: int = 5000
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.split):
-            raise UserError(f"{self.split!r} cannot name a split: use letters, digits, '_' and '-', as in train")
-        if self.shard_size < 1:
-            raise UserError(f"a shard size of {self.shard_size} images: it must be at least 1")
+_MAX_LISTED = 20
 
 
 @dataclass(frozen=True)
 class Written:
-    """The finished split; `already_complete` where it was there before and nothing was written."""
+    """A finished split; `already_complete` where it was there before and nothing was written."""
 
     split: Split
     already_complete: bool
 
 
-class BadImages(UserError):
-    """The images of a shard that cannot be written, one description each, in `images`."""
+def write(source: Source, out: Path, options: WriteOptions, engine: Engine) -> tuple[Written, ...]:
+    """Writes the splits of a source into OUT, beside those it may hold.
 
-    def __init__(self, images: Sequence[str]) -> None:
-        super().__init__("\n".join(images))
-        self.images = tuple(images)
-
-
-def write_split(classes: tuple[str, ...], samples: Sequence[Sample], out: Path, options: WriteOptions) -> Written:
-    """Writes a split into OUT, beside those it may hold; one with the same source and options is left as it is.
-
-    UserError for unreadable images (listed together), a full disk, another writer in OUT, a finished split of that
-    name from another source or with other options, and class lists that differ between splits.
+    A split with the same source and options is left as it is. UserError for more bad files than the budget, a full
+    disk, another writer in OUT, and all that `begin` finds against it.
     """
+    options.images.check_tools()
     with explained(out):
         out.mkdir(parents=True, exist_ok=True)
-    made_from = _made_from(classes, samples, options)
-    with locked(out):
-        index = Index.load(out) if (out / MANIFEST).exists() else Index(out, classes, ())
-        _check_classes(index, classes, options.split)
-        finished = _finished(index, options.split, made_from)
-        if finished:
-            _marker(out, options.split).unlink(missing_ok=True)
-            return Written(finished, already_complete=True)
-        _begin(out, options.split)
-        split = _write_files(classes, samples, out, options, made_from)
-        _publish(index, split)
-    return Written(split, already_complete=False)
+        with locked(out):
+            with Progress("listing", None) as progress:
+                begun = begin(source, out, options, progress.advance)
+            _write_shards(begun, options, engine)
+            return *(Written(split, True) for split in begun.finished), *(Written(s, False) for s in _publish(begun))
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A finished shard, and the offsets of its samples."""
-
-    shard: Shard
-    offsets: NDArray[np.void]
-
-
-def _write_shard(path: Path, samples: Sequence[Sample], classes: Sequence[str], done: Callable[[], None]) -> _Part:
-    """Writes one shard and calls `done` after each sample. BadImages names every image of it that is none."""
-    rows, bad = [], []
-    with atomic_file(path) as file:
-        for sample in samples:
-            try:
-                data, header = _load(sample)
-            except BadImage as error:
-                bad.append(f"{sample.path}: {error}")
-            else:
-                rows.append((file.num_bytes + ustar.BLOCK, len(data), sample.label))
-                for member in _members(sample, data, header, classes[sample.label]):
-                    file.write(member)
-            done()
-        if bad:
-            raise BadImages(bad)
-        file.write(ustar.END)
-    shard = Shard(path.name, len(samples), file.num_bytes, file.sha256)
-    return _Part(shard, np.array(rows, dtype=OFFSETS_DTYPE))
-
-
-def _load(sample: Sample) -> tuple[bytes, ImageHeader]:
-    try:
-        data = sample.read()
-    except OSError as error:
-        raise BadImage(f"it cannot be read ({error.strerror})") from error
-    if len(data) > _MAX_IMAGE_BYTES:
-        raise BadImage(f"it has {len(data)} bytes, more than {_MAX_IMAGE_BYTES}")
-    return data, read_header(data)
-
-
-def _members(sample: Sample, data: bytes, header: ImageHeader, class_name: str) -> Iterator[bytes]:
-    meta = {"filename": sample.filename, "height": header.height, "width": header.width, "wnid": class_name}
-    # The image first: its offset and its header give the reader the bytes and the key.
-    yield ustar.member(f"{sample.key}.{header.field}", data)
-    yield ustar.member(f"{sample.key}.cls", str(sample.label).encode())
-    yield ustar.member(f"{sample.key}.json", json.dumps(meta, sort_keys=True).encode())
-
-
-def _made_from(classes: Sequence[str], samples: Sequence[Sample], options: WriteOptions) -> dict[str, str | int]:
-    return {
-        "images": len(samples),
-        "source listing": listing_sha256(classes, samples),
-        "shard size": options.shard_size,
-        "seed": options.seed,
-    }
-
-
-def _check_classes(index: Index, classes: Sequence[str], split: str) -> None:
-    missing = sorted(set(index.classes) - set(classes))
-    extra = sorted(set(classes) - set(index.classes))
-    if missing or extra:
-        raise UserError(
-            f"the classes of {split!r} differ from those of the splits in {index.root}: missing {_some(missing)}; "
-            f"extra {_some(extra)}. All splits of one OUT share their class folders: mend SOURCE or choose another OUT."
-        )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_MAX_LISTED]) + (f", ... ({len(names)})" if len(names) > _MAX_LISTED else "") or "none"
-
-
-def _finished(index: Index, name: str, made_from: Mapping[str, str | int]) -> Split | None:
-    split = next((split for split in index.splits if split.name == name), None)
-    if split is None or split.made_from == made_from:
-        return split
-    changes = [
-        f"{what}: {split.made_from.get(what)} there, {value} asked"
-        for what, value in made_from.items()
-        if split.made_from.get(what) != value
-    ]
-    raise UserError(
-        f"split {name!r} in {index.root} is finished, and was made from another source or with other options "
-        f"({'; '.join(changes)}). Repeat those, or choose another OUT."
-    )
-
-
-def _marker(out: Path, split: str) -> Path:
-    """While it exists, the split's shards in OUT are those of an unfinished run of this writer."""
-    return out / f"{split}.unfinished"
-
-
-def _begin(out: Path, split: str) -> None:
-    """Removes what a killed run left of the split; refuses to overwrite shards that this writer did not begin."""
-    shards = [path for path in out.iterdir() if re.fullmatch(rf"{split}-\d{{6,}}\.tar", path.name)]
-    if shards and not _marker(out, split).exists():
-        raise UserError(
-            f"{out} holds {shards[0].name}, which is in no index here and would be overwritten; "
-            "move it away or choose another OUT"
-        )
-    with atomic_file(_marker(out, split)):
-        pass
-    sync_directory(out)
-    temporary = rf"({split}-\d{{6,}}\.tar|{split}\.offsets\.npy|index\.json)\.\d+\.tmp"
-    for leftover in (*shards, *(path for path in out.iterdir() if re.fullmatch(temporary, path.name))):
-        leftover.unlink()
-
-
-def _write_files(
-    classes: Sequence[str],
-    samples: Sequence[Sample],
-    out: Path,
-    options: WriteOptions,
-    made_from: Mapping[str, str | int],
-) -> Split:
-    with Progress(options.split, len(samples)) as progress:
-        parts = _write_shards(_paths_and_samples(samples, out, options), classes, progress)
-    with atomic_file(out / offsets_name(options.split)) as file:
-        np.save(file, np.concatenate([part.offsets for part in parts]), allow_pickle=False)
-    return Split(options.split, tuple(part.shard for part in parts), file.sha256, made_from)
-
-
-def _paths_and_samples(
-    samples: Sequence[Sample], out: Path, options: WriteOptions
-) -> Iterator[tuple[Path, list[Sample]]]:
-    """The samples of each shard: a permutation of all, cut into runs whose lengths differ by at most one."""
-    order = Permutation(len(samples), options.seed)(np.arange(len(samples)))
-    num_shards = -(-len(samples) // options.shard_size)
-    for number, run in enumerate(np.array_split(order, num_shards)):
-        yield out / f"{options.split}-{number:06d}.tar", [samples[position] for position in run]
-
-
-def _write_shards(
-    shards: Iterator[tuple[Path, list[Sample]]], classes: Sequence[str], progress: Progress
-) -> list[_Part]:
-    parts: list[_Part] = []
-    bad: list[str] = []
-    for path, samples in shards:
+def plan(source: Source, out: Path, options: WriteOptions) -> Begun:
+    """What `write` would write, without a trace in OUT but for the names of a gzip archive; the same UserErrors."""
+    options.images.check_tools()
+    with explained(out):
+        rehearsal = out / SCRATCH
+        rehearsal.mkdir(parents=True, exist_ok=True)
         try:
-            parts.append(_write_shard(path, samples, classes, progress.advance))
-        except BadImages as error:
-            bad.extend(error.images)
-        if len(bad) >= _MAX_BAD:
-            break
-    if bad:
-        listed = "\n  ".join(bad[:_MAX_BAD])
-        more = f" (the first {_MAX_BAD}; there may be more)" if len(bad) >= _MAX_BAD else ""
-        raise UserError(f"unreadable images{more}; replace or remove them, then run again:\n  {listed}")
-    return parts
+            with locked(out), Progress("listing", None) as progress:
+                return begin(source, rehearsal, options, progress.advance)
+        finally:
+            shutil.rmtree(rehearsal)
 
 
-def _publish(index: Index, split: Split) -> None:
-    sync_directory(index.root)
-    with atomic_file(index.root / MANIFEST) as file:
-        file.write(manifest_bytes(index.classes, (*index.splits, split)))
-    sync_directory(index.root)
-    _marker(index.root, split.name).unlink()
+class _Losses:
+    """The files that are left out, held against the budget."""
+
+    def __init__(self, budget: str, num_files: int) -> None:
+        self._budget, self._num_files = budget, num_files
+        self._allowed = Budget(budget).allows(num_files)
+        self._files: dict[Rejected, None] = {}
+
+    def add(self, *files: Rejected) -> None:
+        """Counts files that it has not heard of; UserError once there are so many too many that more help nobody."""
+        self._files.update(dict.fromkeys(files))
+        self.check(self._allowed + _MAX_LISTED)
+
+    def check(self, allowed: int | None = None) -> None:
+        """UserError where the budget is exceeded."""
+        if len(self._files) <= (self._allowed if allowed is None else allowed):
+            return
+        listed = "\n  ".join(f"{file.where}: {file.reason}" for file in list(self._files)[:_MAX_LISTED])
+        raise UserError(
+            f"{len(self._files)} of {self._num_files} files cannot be samples, and the budget of {self._budget} allows "
+            f"{self._allowed}. Replace or remove them, or raise --max-bad, then run again:\n  {listed}"
+        )
+
+
+def _write_shards(begun: Begun, options: WriteOptions, engine: Engine) -> None:
+    jobs = [task.job for task in begun.tasks]
+    shards = [(job, number) for job in jobs for number in range(job.num_shards)]
+    parts = {shard: part for shard in shards if (part := read_part(*shard))}
+    num_images = sum(job.num_images for job in jobs)
+    done = sum(part.shard.num_samples + len(part.dropped) for part in parts.values())
+    losses = _Losses(options.max_bad, num_images + len(begun.rejected))
+    losses.add(*begun.rejected)
+    losses.check()
+    try:
+        losses.add(*(file for part in parts.values() for file in part.dropped))
+        write_one = write_shard
+        if jobs and (options.in_order or jobs[0].source.in_order):
+            write_one = shuffle_spool
+            with Progress("reading", num_images, initial=done) as progress:
+                fill_spools(jobs, engine, progress.advance, losses.add)
+        with Progress("writing", num_images, initial=done) as progress:
+            for part in engine.run(write_one, [shard for shard in shards if shard not in parts], progress.advance):
+                losses.add(*part.dropped)
+        losses.check()
+    except UserError:
+        # What could not be read now may be mended, and is tried again by the next run.
+        for shard in shards:
+            forget_losses(*shard)
+        raise
+
+
+def _publish(begun: Begun) -> tuple[Split, ...]:
+    """Offsets, reports and sidecars, then the manifest that makes the splits exist."""
+    if not begun.tasks:
+        return ()
+    out = begun.index.root
+    splits = tuple(_finish(task, begun.rejected) for task in begun.tasks)
+    index = dataclasses.replace(begun.index, splits=(*begun.index.splits, *splits))
+    write_sidecars(index)
+    sync_directory(out)
+    with atomic_file(out / MANIFEST) as file:
+        file.write(manifest_bytes(index.classes, index.splits))
+    sync_directory(out)
+    for task in begun.tasks:
+        shutil.rmtree(task.job.work)
+    return splits
+
+
+def _finish(task: Task, rejected: Sequence[Rejected]) -> Split:
+    job = task.job
+    shards: list[Shard] = []
+    dropped = [file for file in rejected if file.split == job.split]
+    changes: Counter[str] = Counter()
+    changed = 0
+    for number in range(job.num_shards):
+        part = read_part(job, number)
+        assert part is not None  # every shard was written
+        shards.append(part.shard)
+        dropped.extend(part.dropped)
+        changes.update(part.changes)
+        changed += part.num_changed
+    num_samples = sum(shard.num_samples for shard in shards)
+    report = {
+        "written": num_samples,
+        "changed": changed,
+        "changes": dict(changes),
+        "dropped": len(dropped),
+        "files": [{"file": file.where, "reason": file.reason} for file in dropped],
+    }
+    with atomic_file(report_path(job.out, job.split)) as file:
+        file.write((json.dumps(report, indent=1, sort_keys=True) + "\n").encode())
+    return Split(job.split, tuple(shards), _write_offsets(job, num_samples), task.made_from)
+
+
+def _write_offsets(job: Job, num_samples: int) -> str:
+    """Joins the offsets of the shards, one at a time; the hash of the file."""
+    head = {"descr": np.lib.format.dtype_to_descr(OFFSETS_DTYPE), "fortran_order": False, "shape": (num_samples,)}
+    with atomic_file(job.out / offsets_name(job.split)) as file:
+        np.lib.format.write_array_header_1_0(file, head)
+        for number in range(job.num_shards):
+            file.write(np.load(offsets_path(job.work, number), allow_pickle=False).tobytes())
+    return file.sha256
+
+
+def report_path(out: Path, split: str) -> Path:
+    """What was changed in a split's images, and which files are not in it and why."""
+    return out / f"{split}.report.json"
+
+
+def read_report(out: Path, split: str) -> dict[str, Any]:
+    """The report of a finished split."""
+    with explained(out):
+        return json.loads(report_path(out, split).read_bytes())

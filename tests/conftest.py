@@ -16,8 +16,10 @@ import ranks
 import torch
 
 from pipeline.backend.world import World
-from shards.sources import class_folders
-from shards.writer import WriteOptions, write_split
+from shards.engine import open_engine
+from shards.options import WriteOptions
+from shards.sources.folders import ClassFolders
+from shards.writer import write
 
 NUM_CLASSES = 5
 
@@ -34,8 +36,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of 5 classes of 16 px images: 80 of split train, 23 of split val (no multiple of any batch)."""
     root = tmp_path_factory.mktemp("data")
     for split, per_class in (("train", [16] * NUM_CLASSES), ("val", [5, 5, 5, 4, 4])):
-        classes, samples = class_folders(_folders(root / split, per_class))
-        write_split(classes, samples, root / "shards", WriteOptions(split, shard_size=30))
+        source = ClassFolders(_folders(root / split, per_class), split)
+        with open_engine("local", 1) as engine:
+            write(source, root / "shards", WriteOptions(shard_size="30"), engine)
     return root / "shards"
 
 

@@ -6,10 +6,12 @@ become the same shards.
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 WHOLE_FILE = 0
+MAX_IMAGE_BYTES = 256 << 20
 
 
 class Entry(NamedTuple):
@@ -36,6 +38,14 @@ class Rejected(NamedTuple):
     reason: str
 
 
+@dataclass(frozen=True)
+class PRule:
+    """ImageNet-21k-P (Ridnik et al., 2021): classes of at least `min_images`, the first `num_val` by name validate."""
+
+    min_images: int = 501
+    num_val: int = 50
+
+
 class Fetcher(Protocol):
     """Bytes of an entry; OSError (or ValueError) says why they cannot be had. One a process."""
 
@@ -44,6 +54,8 @@ class Fetcher(Protocol):
 
 class Source(Protocol):
     """A frozen dataclass, so that it crosses to other processes."""
+
+    def __hash__(self) -> int: ...
 
     @property
     def in_order(self) -> bool:
@@ -56,8 +68,8 @@ class Source(Protocol):
         ...
 
     @property
-    def p_rule(self) -> bool:
-        """Whether train is everything yet, and is to be cut into train and val by the rule of ImageNet-21k-P."""
+    def p_rule(self) -> PRule | None:
+        """Where train is everything yet, and is to be cut into train and val."""
         ...
 
     def scan(self) -> Iterator[Entry | Rejected]:

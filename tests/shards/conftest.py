@@ -9,9 +9,11 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
+from shards.engine import open_engine
 from shards.index import Index
-from shards.sources import class_folders
-from shards.writer import WriteOptions, write_split
+from shards.options import WriteOptions
+from shards.sources.folders import ClassFolders
+from shards.writer import write as write_shards
 
 # The same examples on every machine, however slow.
 settings.register_profile("shards", deadline=None, derandomize=True)
@@ -27,26 +29,29 @@ def encode(seed: int, image_format: str = "JPEG", size: tuple[int, int] = (12, 8
 
 
 def make_folders(root: Path, classes: int = 3, images: int = 7) -> Path:
-    """`root`/<class>/<image>, all three image types, one of them under a wrong suffix."""
+    """`root`/<class>/<image>, all three image types."""
     formats = ("JPEG", "JPEG", "PNG", "WEBP")
     for label in range(classes):
         folder = root / f"c{label}"
         folder.mkdir(parents=True)
         for number in range(images):
             seed = label * images + number
-            (folder / f"c{label}_{number:05d}.JPEG").write_bytes(encode(seed, formats[seed % 4], (12 + number, 8)))
+            kind = formats[seed % 4]
+            (folder / f"c{label}_{number:05d}.{kind}").write_bytes(encode(seed, kind, (12 + number, 8)))
     return root
 
 
 def write(source: Path, out: Path, split: str = "train", shard_size: int = 5, seed: int = 0) -> Index:
     """Shards of a source, and their index."""
-    write_split(*class_folders(source), out, WriteOptions(split, shard_size, seed))
+    with open_engine("local", 1) as engine:
+        write_shards(ClassFolders(source, split), out, WriteOptions(shard_size=str(shard_size), seed=seed), engine)
     return Index.load(out)
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    """Every file of a directory by its name."""
-    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+    """Every file below a directory by its path there."""
+    files = (path for path in sorted(directory.rglob("*")) if path.is_file())
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
 @pytest.fixture

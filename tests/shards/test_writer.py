@@ -4,6 +4,7 @@ import fcntl
 import io
 import json
 import os
+import re
 import shutil
 import tarfile
 import warnings
@@ -15,12 +16,19 @@ from PIL import Image
 
 from shards import ustar
 from shards.durable import atomic_file
+from shards.engine import open_engine
 from shards.errors import UserError
-from shards.images import BadImage, read_header
+from shards.images import ImageOptions, read_header
 from shards.index import Index
+from shards.options import WriteOptions
 from shards.reader import Reader
-from shards.sources import class_folders
-from shards.writer import WriteOptions, write_split
+from shards.sources.folders import ClassFolders
+from shards.writer import plan, read_report, write
+
+
+def write_all(source, out, workers=1, **options):
+    with open_engine("local", workers) as engine:
+        return write(source, out, WriteOptions(**options), engine)
 
 
 def triples_of_the_index(index):
@@ -57,12 +65,15 @@ def test_the_same_input_gives_the_same_bytes(source, written, files_of, tmp_path
     written(source, tmp_path / "a")
     written(Path(shutil.copytree(source, tmp_path / "copy")), tmp_path / "b")
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
-    assert set(files_of(tmp_path / "a")) == {
-        ".lock",
-        "index.json",
-        "train.offsets.npy",
-        *(f"train-{number:06d}.tar" for number in range(5)),
-    }
+    assert {"index.json", "train.offsets.npy", "train.report.json", "_info.json", "sizes.json"} < set(
+        files_of(tmp_path / "a")
+    )
+
+
+@pytest.mark.parametrize("options", [{"workers": 2}, {"in_order": True}, {"workers": 2, "in_order": True}])
+def test_neither_processes_nor_the_order_of_reading_matter(source, written, files_of, tmp_path, options):
+    write_all(ClassFolders(source, "train"), tmp_path / "other", shard_size="5", **options)
+    assert files_of(tmp_path / "other") == files_of(written(source, tmp_path / "out").root)
 
 
 def test_another_seed_gives_another_order_of_the_same_samples(index, source, written, tmp_path):
@@ -91,7 +102,14 @@ def test_members_are_adjacent_plain_and_described(index):
         assert member.isreg()
     key = members[0].name.split(".")[0]
     label, number = (int(part) for part in key[1:].split("_"))
-    assert metas[0] == {"wnid": f"c{label}", "filename": f"{key}.JPEG", "width": 12 + number, "height": 8}
+    suffix = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[members[0].name.split(".")[1]]
+    assert metas[0] == {
+        "changes": "",
+        "filename": f"{key}.{suffix}",
+        "height": 8,
+        "width": 12 + number,
+        "wnid": f"c{label}",
+    }
 
 
 def test_the_field_is_told_from_the_bytes(index, source):
@@ -143,56 +161,147 @@ def test_splits_must_agree_on_their_classes(index, folders, written, tmp_path):
 
 def test_a_finished_split_is_left_as_it_is(index, source):
     before = {path: path.stat().st_mtime_ns for path in index.root.glob("*[!k]")}
-    written = write_split(*class_folders(source), index.root, WriteOptions("train", 5))
+    (written,) = write_all(ClassFolders(source, "train"), index.root, shard_size="5")
     assert written.already_complete
     assert written.split == index.split("train")
     assert before == {path: path.stat().st_mtime_ns for path in index.root.glob("*[!k]")}
 
 
 def test_a_finished_split_refuses_other_options_and_sources(index, source, written, image):
-    with pytest.raises(UserError, match=r"'train' in .* is finished.*\(shard size: 5 there, 6 asked; seed: 0 there, 1"):
+    text = r"'train' in .* is finished.*\(shards: 5 there, 4 asked; shard size: 5 there, 6 asked; seed: 0 there, 1"
+    with pytest.raises(UserError, match=text):
         written(source, index.root, shard_size=6, seed=1)
     (source / "c0/new.jpg").write_bytes(image(0))
     with pytest.raises(UserError, match=r"images: 21 there, 22 asked; source listing: .*choose another OUT"):
         written(source, index.root)
 
 
-def test_unreadable_images_are_listed_together(source, written, tmp_path):
-    bad = {
-        "c0/empty.jpg": b"",
-        "c1/text.png": b"<html>404",
-        "c2/cut.jpg": b"\xff\xd8\xff\xe0",
-        "c2/c2_00001.JPEG": b"GIF89a",
-    }
-    for name, data in bad.items():
+BAD = {
+    "c0/empty.jpg": (b"", "the file is empty"),
+    "c1/text.png": (b"<html>404", "neither JPEG, PNG nor WebP"),
+    "c2/cut.jpg": (b"\xff\xd8\xff\xe0", "JPEG"),
+    "c2/new.JPEG": (b"GIF89a", "47 49"),
+}
+
+
+@pytest.fixture
+def with_bad_images(source):
+    for name, (data, _) in BAD.items():
         (source / name).write_bytes(data)
-    with pytest.raises(UserError) as error:
-        written(source, tmp_path / "out")
-    for name, reason in zip(
-        bad, ("is empty", "neither JPEG, PNG nor WebP", "JPEG header cannot be read", "47 49"), strict=True
-    ):
-        assert any(str(source / name) in line and reason in line for line in str(error.value).splitlines())
+    return source
+
+
+def test_unreadable_images_are_listed_together(with_bad_images, written, tmp_path):
+    with pytest.raises(UserError, match=r"4 of 25 files .* the budget of 0\.01% allows 0\. .*--max-bad") as error:
+        written(with_bad_images, tmp_path / "out")
+    for name, (_, reason) in BAD.items():
+        assert any(name in line and reason in line for line in str(error.value).splitlines())
     with pytest.raises(UserError, match="has no index"):
         Index.load(tmp_path / "out")
-    shutil.rmtree(source / "c2")
-    for name in list(bad)[:2]:
-        (source / name).unlink()
-    assert written(source, tmp_path / "out").split("train").num_samples == 14
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+def test_a_budget_leaves_them_out_and_reports_them(with_bad_images, folders, written, files_of, tmp_path, in_order):
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="allows 3"):
+        write_all(ClassFolders(with_bad_images, "train"), out, max_bad="3", in_order=in_order)
+    write_all(ClassFolders(with_bad_images, "train"), out, max_bad="16%", in_order=in_order)
+    report = read_report(out, "train")
+    assert {name: reason for name, (_, reason) in BAD.items()}.keys() == {
+        file["file"].strip("'") for file in report["files"]
+    }
+    assert (report["written"], report["dropped"], report["changed"]) == (21, 4, 0)
+    index = Index.load(out)
+    assert index.split("train").num_samples == 21
+    clean = written(folders(tmp_path / "clean"), tmp_path / "without")
+    assert triples_of_the_index(index) == triples_of_the_index(clean)
+
+
+def test_what_could_not_be_read_is_tried_again(with_bad_images, written, tmp_path):
+    """The same names and sizes: the bytes that a bad disk gave, and those that it gives now."""
+    good = with_bad_images / "c0/c0_00000.JPEG"
+    data = good.read_bytes()
+    for name in BAD:
+        (with_bad_images / name).unlink()
+    good.write_bytes(bytes(len(data)))
+    with pytest.raises(UserError, match="1 of 21 files"):
+        written(with_bad_images, tmp_path / "out")
+    good.write_bytes(data)
+    assert written(with_bad_images, tmp_path / "out").split("train").num_samples == 21
 
 
 def test_a_long_list_of_unreadable_images_is_cut(source, written, tmp_path):
     for number in range(30):
         (source / f"c0/{number}.jpg").write_bytes(b"")
-    with pytest.raises(UserError, match=r"the first 20; there may be more") as error:
+    with pytest.raises(UserError, match=r"files cannot be samples") as error:
         written(source, tmp_path / "out")
     assert len(str(error.value).splitlines()) == 21
 
 
 def test_a_file_that_vanishes(source, tmp_path):
-    classes, samples = class_folders(source)
-    (source / "c0/c0_00001.JPEG").unlink()
-    with pytest.raises(UserError, match=r"c0_00001\.JPEG: it cannot be read \(No such file or directory\)"):
-        write_split(classes, samples, tmp_path / "out", WriteOptions("train"))
+    out = tmp_path / "out"
+    broken = Vanishing(source, "train")
+    with pytest.raises(UserError, match=r"c0_00001\.JPEG'?: it cannot be read \(No such file or directory\)"):
+        write_all(broken, out)
+
+
+class Vanishing(ClassFolders):
+    """A file that is gone once the source has been listed."""
+
+    def scan(self):
+        yield from super().scan()
+        (self.path / "c0/c0_00001.JPEG").unlink()
+
+
+def test_minival_is_balanced_and_taken_from_train(folders, tmp_path):
+    source = ClassFolders(folders(tmp_path / "many", classes=4, images=30), "train")
+    write_all(source, tmp_path / "out", minival="10%", shard_size="7")
+    write_all(source, tmp_path / "other", minival="10%", shard_size="7", seed=1)
+    index, other = Index.load(tmp_path / "out"), Index.load(tmp_path / "other")
+    keys = {split.name: {Reader(index, split.name).key(i) for i in range(split.num_samples)} for split in index.splits}
+    assert np.bincount(index.offsets("minival")["label"]).tolist() == [3] * 4
+    assert len(keys["train"] | keys["minival"]) == 120
+    assert not keys["train"] & keys["minival"]
+    assert keys["minival"] != {Reader(other, "minival").key(i) for i in range(12)}
+
+
+def test_only_the_splits_asked_for(folders, tmp_path):
+    source = ClassFolders(folders(tmp_path / "many", images=8), "train")
+    write_all(source, tmp_path / "out", minival="25%", splits=("minival",))
+    assert [split.name for split in Index.load(tmp_path / "out").splits] == ["minival"]
+    with pytest.raises(UserError, match=r"the source has no split test; it has train"):
+        write_all(source, tmp_path / "out", splits=("test",))
+
+
+def test_shard_sizes_in_bytes(folders, tmp_path):
+    source = ClassFolders(folders(tmp_path / "many", images=40), "train")
+    write_all(source, tmp_path / "out", shard_size="64KiB")
+    sizes = [shard.num_bytes for shard in Index.load(tmp_path / "out").split("train").shards]
+    assert len(sizes) > 3
+    assert all(0.6 < size / 65536 < 1.1 for size in sizes)
+
+
+def test_a_plan_leaves_no_trace(source, files_of, tmp_path):
+    begun = plan(ClassFolders(source, "train"), tmp_path / "out", WriteOptions(shard_size="5"))
+    (task,) = begun.tasks
+    assert (task.job.num_images, task.job.num_shards, begun.index.classes) == (21, 5, ("c0", "c1", "c2"))
+    assert files_of(tmp_path / "out") == {".lock": b""}
+    write_all(ClassFolders(source, "train"), tmp_path / "out", shard_size="5")
+    written = Index.load(tmp_path / "out").split("train").num_bytes
+    assert task.num_bytes == pytest.approx(written, rel=0.1)
+
+
+def test_images_are_changed_as_asked(source, tmp_path):
+    images = ImageOptions(resize="squash:16", format="jpg", quality=80)
+    write_all(ClassFolders(source, "train"), tmp_path / "out", images=images)
+    index = Index.load(tmp_path / "out")
+    reader = Reader(index, "train")
+    headers = [read_header(reader.read(position, bytes)[0]) for position in range(21)]
+    assert {header.field for header in headers} == {"jpg"}
+    assert {(header.width, header.height) for header in headers} == {(12, 8), (13, 8), (14, 8), (15, 8), (16, 16)}
+    report = read_report(tmp_path / "out", "train")
+    assert report["changed"] > 0
+    assert index.split("train").made_from["resize"] == "squash:16"
 
 
 def test_one_writer_at_a_time(index, folders, written, tmp_path):
@@ -237,27 +346,22 @@ def test_a_full_disk(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("options", [{"split": "a/b"}, {"split": ""}, {"split": "train", "shard_size": 0}])
-def test_options_are_checked(options):
-    with pytest.raises(UserError, match=r"cannot name a split|must be at least 1"):
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"splits": ("a/b",)}, "'a/b' cannot name a split"),
+        ({"splits": ("",)}, "'' cannot name a split"),
+        ({"shard_size": "0"}, "a shard size of '0': give images, as in 5000, or bytes, as in 500MB"),
+        ({"shard_size": "5 pounds"}, "a shard size of '5 pounds'"),
+        ({"max_bad": "many"}, "a budget of bad files of 'many': give a percentage"),
+        ({"max_bad": "101%"}, "a budget of bad files of '101%'"),
+        ({"minival": "60%"}, "a minival of '60%': give more than 0% and 50% at most"),
+        ({"minival": "1"}, "a minival of '1': give a percentage"),
+    ],
+)
+def test_options_are_checked(options, text):
+    with pytest.raises(UserError, match=re.escape(text)):
         WriteOptions(**options)
-
-
-@pytest.mark.parametrize(("image_format", "field"), [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp")])
-def test_headers(image, image_format, field):
-    header = read_header(image(0, image_format, (31, 17)))
-    assert (header.field, header.width, header.height) == (field, 31, 17)
-
-
-@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
-def test_every_cut_of_a_header_is_a_bad_image_or_a_size(image, image_format):
-    data = image(0, image_format)
-    for size in range(0, 200, 3):
-        try:
-            header = read_header(data[:size])
-        except BadImage:
-            continue
-        assert (header.width, header.height) == (12, 8)
 
 
 def test_images_in_shards_decode(index):
