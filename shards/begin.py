@@ -38,7 +38,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Begun:
-    """The splits to be written, those that were there already, and the files that cannot be samples."""
+    """The splits to be written, those that were there already, and the files that cannot be samples of the former."""
 
     index: Index
     tasks: tuple[Task, ...]
@@ -75,8 +75,9 @@ def begin(source: Source, out: Path, options: WriteOptions, seen: Callable[[], N
     _check_room(out, tasks)
     for task in tasks:
         _resume(out, task)
-    wanted = [file for file in scanned.rejected if not options.splits or file.split in options.splits]
-    return Begun(Index(out, scanned.classes, index.splits), tuple(tasks), tuple(finished), tuple(wanted))
+    to_write = {task.job.split for task in tasks}
+    rejected = tuple(file for file in scanned.rejected if file.split in to_write)
+    return Begun(Index(out, scanned.classes, index.splits), tuple(tasks), tuple(finished), rejected)
 
 
 def _minival(options: WriteOptions) -> Minival | None:
@@ -156,8 +157,8 @@ def _check_room(out: Path, tasks: Sequence[Task]) -> None:
         free = shutil.disk_usage(out).free
         if needed > free:
             raise UserError(
-                f"split {task.job.split!r} needs about {task.num_bytes:,} bytes ({written:,} are written), and {free:,} "
-                f"are free in {out}. Make room, choose another OUT, or smaller images (--resize, --quality)."
+                f"split {task.job.split!r} needs about {task.num_bytes:,} bytes ({written:,} are written), and "
+                f"{free:,} are free in {out}. Make room, choose another OUT, or smaller images (--resize, --quality)."
             )
 
 

@@ -18,14 +18,14 @@ from shards.engine import Advance, Engine
 from shards.errors import UserError
 from shards.findings import Findings, Report, SplitCounts
 from shards.foreign import IN_PLACE
-from shards.index import MANIFEST, Index, Split, _read_manifest
+from shards.index import MANIFEST, Index, Split
 from shards.plan import Permutation
 from shards.progress import Progress
 
 _SEED = 0
 # Of duplicates, and of all else that is found outside of a shard's own pass, the first so many of each are kept.
 _MAX_LISTED = 10_000
-_LEFTOVERS = r".*\.tmp|.*\.unfinished|\.indexing|\.scan|\.dry-run"
+_LEFTOVERS = r".*\.tmp|.*\.unfinished|\.indexing|\.scan"
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,10 @@ def check_directory(directory: Path, options: CheckOptions, engine: Engine) -> R
 def read_manifest(root: Path) -> Index:
     """The manifest alone: the files that it names may be missing or damaged. UserError where it is itself."""
     try:
-        return Index._parse(root, _read_manifest(root))
+        return Index.read(root)
     except UserError as error:
+        if not root.is_dir():
+            raise
         raise UserError(f"{error}; or, where all tars are there, rebuild it from them with --repair-index") from error
 
 
@@ -245,7 +247,7 @@ def _by_shard(split: Split, rows: NDArray[np.void]) -> Iterator[NDArray[np.void]
 
 def _decoded(split: Split, number: int | None) -> Iterator[frozenset[int] | None]:
     """For each shard the positions that are decoded; None: all."""
-    if number is None or split.num_samples == 0:
+    if number is None or split.num_samples < 1:
         yield from [None] * len(split.shards)
         return
     chosen = np.sort(Permutation(split.num_samples, _SEED, "decode")(np.arange(min(number, split.num_samples))))

@@ -42,6 +42,8 @@ def check_texts(sample: TarSample, header: ImageHeader | None, classes: Sequence
     """What is wrong with cls and json of a sample that make_shards wrote; `header` None: sizes are not compared."""
     if missing := [name for name in ("cls", "json") if name not in sample.texts]:
         yield "sample", f"it has no {' and no '.join(missing)}"
+    if len(sample.images) > 1:
+        yield "sample", f"it has {len(sample.images)} images: {', '.join(sample.images)}"
     if "cls" in sample.texts and label == NO_LABEL:
         yield "label", f"its cls holds {shown(sample.texts['cls'])}, and labels are in [0, {len(classes)})"
     if "json" in sample.texts:

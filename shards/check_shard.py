@@ -126,12 +126,18 @@ class _Check:
                 for check, reason in self._sample_problems(sample, file):
                     self.found(check, sample.key, reason)
                 self._count(hashed, 1)
-            if self._rows:
-                reason = f"the index has {len(self._rows)} images that were not found, the first at byte"
-                self.found("index", "", f"{reason} {min(self._rows)}")
+            self._check_rest()
         except UserError as error:  # a damaged tar
             self.found("tar", "", f"{error} ({len(self._images)} images before that were checked)")
         self._check_file(hashed)
+
+    def _check_rest(self) -> None:
+        num_samples = self._task.shard.num_samples
+        if self._rows:
+            reason = f"the index has {len(self._rows)} images that were not found, the first at byte {min(self._rows)}"
+            self.found("index", "", reason)
+        elif len(self._images) != num_samples:
+            self.found("index", "", f"it holds {len(self._images)} images, and the index counts {num_samples}")
 
     def _count(self, hashed: _Hashed, images: int) -> None:
         self._advance(images, hashed.tell() - self._num_bytes)
@@ -151,13 +157,16 @@ class _Check:
         except Unfit as error:
             yield "sample" if self._task.by_us else "left out", str(error)
             return
+        number, row = self._rows.pop(member.offset, (self._last_row, None))
+        if row is None and self._task.rows is not None and not self._task.by_us:
+            yield "left out", "the index does not hold it"
+            return
         # The pass has gone on to the next sample, but these bytes are still in the page cache.
         data = os.pread(file.fileno(), member.size, member.offset)
         decode = self._task.decode is None or len(self._images) in self._task.decode
         self._num_decoded += decode
         header, problems = check_image(sample, data, decode)
         yield from problems
-        number, row = self._rows.pop(member.offset, (self._last_row, None))
         label = label_of(sample, len(self._task.classes))
         if self._task.by_us:
             yield from check_texts(sample, header, self._task.classes, label)
@@ -173,7 +182,7 @@ class _Check:
 
     def _row_problems(self, number: int, row: Row | None, there: Row) -> Iterator[Problem]:
         if row is None:
-            yield "index" if self._task.by_us else "left out", f"the index has no image at byte {there[0]}"
+            yield "index", f"the index has no image at byte {there[0]}"
         elif row != there:
             yield "index", f"the index has (offset, size, label) {row}, and the tar {there}"
         elif number < self._last_row:

@@ -1,5 +1,6 @@
 """What a source finds, put on disk as it comes, and had back class by class."""
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -44,7 +45,7 @@ class Found:
 
 
 class Collector:
-    """Takes the findings of a scan; `close` gives them back by split. One that fails leaves its directory to others."""
+    """Puts the findings of a scan into a directory."""
 
     def __init__(self, directory: Path, seen: Callable[[], None]) -> None:
         self._directory, self._seen = directory, seen
@@ -59,18 +60,14 @@ class Collector:
         return list(self._container_ids)
 
     def collect(self, source: Source) -> dict[str, Found]:
-        """Scans the source to its end; UserError where far too much of it cannot be samples."""
-        try:
-            for finding in source.scan():
-                if isinstance(finding, Entry):
-                    self._add(finding)
-                else:
-                    self._reject(finding)
-            for split in self._pending:
-                self._flush(split)
-        finally:
-            for table in self._tables.values():
-                table.close()
+        """Scans the source to its end; what it found by split. UserError where far too much of it cannot be samples."""
+        for finding in source.scan():
+            if isinstance(finding, Entry):
+                self._add(finding)
+            else:
+                self._reject(finding)
+        for split in self._pending:
+            self._flush(split)
         return {split: Found(self._directory / split, list(self._class_ids)) for split in self._tables}
 
     def _add(self, entry: Entry) -> None:
@@ -106,8 +103,8 @@ class Collector:
 def _unfit(entry: Entry) -> str:
     """Why an entry cannot be a sample; "" where it can."""
     key = sample_key(entry.class_name, entry.name)
-    if "." in key:
-        return f"a dot in its key {key!a}"
+    if not re.fullmatch(r"[^./\0-\x1f\x7f]+", key):
+        return f"a dot, a slash or a control character in its key {key!a}"
     try:
         num_bytes = len(key.encode())
     except UnicodeEncodeError:

@@ -8,8 +8,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from shards.durable import atomic_file
+from shards.images import read_header
 from shards.index import Index
 from shards.plan import Permutation
+from shards.raster import decode
 from shards.reader import BadSample, Reader
 
 COLUMNS, ROWS = 8, 8
@@ -25,8 +27,8 @@ _WHITE, _BLACK, _GREY, _RED = (255, 255, 255), (0, 0, 0), (110, 110, 110), (200,
 def write_contact_sheet(index: Index, splits: Sequence[str], path: Path, seed: int) -> None:
     """Writes a PNG of 8 x 8 samples, drawn by `seed` in equal number from each split, one after the other.
 
-    Below each, its class and its label, then its key; what cannot be decoded is a red cell. UserError for offsets that
-    cannot be read, and where the file cannot be written.
+    Below each, its class and label, then its split and key; what cannot be decoded is a red cell. UserError for offsets
+    that cannot be read, and where the file cannot be written.
     """
     sheet = Image.new("RGB", (COLUMNS * _CELL[0] + _GAP, ROWS * _CELL[1] + _GAP), _WHITE)
     font = ImageFont.load_default(_FONT_SIZE)
@@ -34,7 +36,7 @@ def write_contact_sheet(index: Index, splits: Sequence[str], path: Path, seed: i
     readers = {split: Reader(index, split) for split in splits}
     for number, (split, sample) in enumerate(cells):
         row, column = divmod(number, COLUMNS)
-        cell = _cell(readers[split], sample, index.classes, font)
+        cell = _cell(readers[split], sample, index.classes, split, font)
         sheet.paste(cell, (_GAP + column * _CELL[0], _GAP + row * _CELL[1]))
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
@@ -50,7 +52,7 @@ def _drawn(index: Index, split: str, seed: int, num_splits: int) -> list[int]:
     return Permutation(num_samples, seed, "contact sheet", split)(np.arange(num)).tolist()
 
 
-def _cell(reader: Reader, sample: int, classes: Sequence[str], font: Font) -> Image.Image:
+def _cell(reader: Reader, sample: int, classes: Sequence[str], split: str, font: Font) -> Image.Image:
     cell = Image.new("RGB", (_SIDE, _CELL[1]), _WHITE)
     draw = ImageDraw.Draw(cell)
     try:
@@ -61,13 +63,13 @@ def _cell(reader: Reader, sample: int, classes: Sequence[str], font: Font) -> Im
         draw.rectangle((0, 0, _SIDE - 1, _SIDE - 1), fill=_RED)
         text = "unreadable"
     draw.text((0, _SIDE), _fitting(text, font), _BLACK, font)
-    draw.text((0, _SIDE + _LINE), _fitting(_key(reader, sample), font), _GREY, font)
+    draw.text((0, _SIDE + _LINE), _fitting(f"{split}: {_key(reader, sample)}", font), _GREY, font)
     return cell
 
 
 def _thumbnail(data: bytes) -> Image.Image:
-    with Image.open(io.BytesIO(data)) as image:
-        return ImageOps.contain(image.convert("RGB"), (_SIDE, _SIDE))
+    image = Image.fromarray(decode(data, read_header(data).field))
+    return ImageOps.contain(image, (_SIDE, _SIDE))
 
 
 def _key(reader: Reader, sample: int) -> str:
@@ -79,8 +81,7 @@ def _key(reader: Reader, sample: int) -> str:
 
 def _fitting(text: str, font: Font) -> str:
     """The text, cut in its middle where it is wider than a thumbnail."""
-    kept = len(text)
-    short = text
+    short, kept = text, len(text)
     while font.getlength(short) > _SIDE:
         kept -= 1
         short = f"{text[: kept // 2]}..{text[-(kept - kept // 2) :]}"

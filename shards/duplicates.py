@@ -102,7 +102,8 @@ class Namer:
     def key(self, row: np.void) -> str:
         """From the header before the image."""
         header = self._files.read(self.places[row["place"]].path, int(row["offset"]) - ustar.BLOCK, ustar.BLOCK)
-        return ustar.member_name(header).split(".", 1)[0]
+        directory, slash, name = ustar.member_name(header).rpartition("/")
+        return directory + slash + name.split(".", 1)[0]
 
     def shard(self, row: np.void) -> str:
         return self.places[row["place"]].path.name

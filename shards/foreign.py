@@ -20,7 +20,6 @@ from shards.index import (
     Index,
     Shard,
     Split,
-    _read_manifest,
     manifest_bytes,
     offsets_name,
 )
@@ -131,7 +130,7 @@ class _Indexing:
 
     def __init__(self, root: Path, options: ForeignOptions) -> None:
         self._root, self._options = root, options
-        self._old = Index._parse(root, _read_manifest(root)) if (root / MANIFEST).exists() else Index(root, (), ())
+        self._old = Index.read(root) if (root / MANIFEST).exists() else Index(root, (), ())
         self._own = [split for split in self._old.splits if IN_PLACE not in split.made_from]
         self._known = _known_classes(self._old, self._own, options)
         classes = "those of the other splits" if self._own else "given" if self._known else "found"

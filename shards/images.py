@@ -14,7 +14,7 @@ from shards.errors import UserError
 
 # Resizing so many takes up to 1.8 GB of a worker's memory (measured); a header can claim a hundred times that.
 MAX_PIXELS = 100_000_000
-_MAX_INFLATED = 1 << 28  # bytes; what a gzip-compressed image may come to
+_MAX_INFLATED = 1 << 26  # bytes; what a gzip-compressed image may come to
 _GZIP = b"\x1f\x8b"
 _SIDES = range(16, 4097)
 FORMATS = ("keep", "jpg", "webp")
@@ -244,7 +244,7 @@ def _reencoded(
         raise BadImage(f"it cannot be decoded ({error})") from error
     pixels = raster.upright(pixels, facts.orientation)
     try:
-        encoded = raster.encode(pixels, field, options.quality, options.restart_markers)
+        encoded = raster.encode(pixels, field, options.quality, options.restart_markers, with_opencv=size is not None)
     except ValueError as error:
         raise BadImage(f"it cannot be encoded ({error})") from error
     changes = [*changes, *_changes(facts, field, size, options.restart_markers)]

@@ -67,12 +67,17 @@ class Index:
         UserError for a missing directory, manifest, offsets file or shard, and for one that is malformed, of an
         unknown version, or of another size.
         """
-        root = Path(directory)
-        index = cls._parse(root, _read_manifest(root))
+        index = cls.read(directory)
         for split in index.splits:
-            _check_shards(root, split)
+            _check_shards(index.root, split)
             index.offsets(split.name)
         return index
+
+    @classmethod
+    def read(cls, directory: str | Path) -> "Index":
+        """What the manifest of `directory` says, without a look at the files that it names; UserError as for `load`."""
+        root = Path(directory)
+        return cls._parse(root, _read_manifest(root))
 
     @classmethod
     def _parse(cls, root: Path, manifest: Mapping[str, Any]) -> "Index":

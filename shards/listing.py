@@ -34,12 +34,13 @@ class Image(NamedTuple):
 
 
 class Table:
-    """Rows and names being written; the directory must exist."""
+    """Rows and names being written to files of an existing directory, which stay closed meanwhile."""
 
     def __init__(self, directory: Path) -> None:
-        self._rows = open(directory / _ROWS, "wb")
-        self._names = open(directory / _NAMES, "wb")
+        self._directory = directory
         self._num_name_bytes = 0
+        for name in (_ROWS, _NAMES):
+            (directory / name).write_bytes(b"")
 
     def append(self, rows: NDArray[np.void], names: Sequence[bytes]) -> None:
         """Rows of ROW, whose `name` and `name_bytes` are set here."""
@@ -47,22 +48,20 @@ class Table:
         rows["name_bytes"] = lengths
         rows["name"] = self._num_name_bytes + np.cumsum(lengths) - lengths
         self._num_name_bytes += int(lengths.sum())
-        self._rows.write(rows.tobytes())
-        self._names.write(b"".join(names))
-
-    def close(self) -> None:
-        self._rows.close()
-        self._names.close()
+        with open(self._directory / _ROWS, "ab") as file:
+            file.write(rows.tobytes())
+        with open(self._directory / _NAMES, "ab") as file:
+            file.writelines(names)
 
 
 def read_rows(directory: Path) -> NDArray[np.void]:
-    """The rows of a closed Table, memory-mapped."""
+    """The rows of a Table, memory-mapped."""
     path = directory / _ROWS
     return np.memmap(path, ROW, "r") if path.stat().st_size else np.empty(0, ROW)
 
 
 def read_names(directory: Path) -> NDArray[np.uint8]:
-    """The names of a closed Table, one after the other, memory-mapped."""
+    """The names of a Table, one after the other, memory-mapped."""
     path = directory / _NAMES
     return np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
 
@@ -90,7 +89,7 @@ class Listing:
 
 
 def write_head(directory: Path, classes: Sequence[str], containers: Sequence[str], sha256: str) -> None:
-    """Completes a listing: its table must be closed."""
+    """Completes a listing, whose table is written."""
     head = {"classes": list(classes), "containers": list(containers), "sha256": sha256}
     with atomic_file(directory / _HEAD) as file:
         file.write(json.dumps(head).encode())

@@ -1,4 +1,4 @@
-"""Finished shards of an unfinished split: each is a tar in OUT and what is known of it in the split's work directory."""
+"""Finished shards of an unfinished split: each is a tar in OUT, and a record in the split's work directory."""
 
 import json
 import re
@@ -20,7 +20,7 @@ from shards.sources.base import Rejected, Source
 
 @dataclass(frozen=True)
 class Job:
-    """What the shards of a split share. It crosses to other processes, and to other machines that see the same paths."""
+    """What the shards of a split share. It crosses to other processes, and to machines that see the same paths."""
 
     out: Path
     split: str

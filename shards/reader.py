@@ -58,7 +58,8 @@ class Reader:
             header = self._files.read(path, int(row["offset"]) - ustar.BLOCK, ustar.BLOCK)
         except (OSError, OverflowError) as error:  # the latter from offsets that are nonsense
             raise BadSample(f"{path}: the header of sample {sample_id} cannot be read ({error})") from error
-        return ustar.member_name(header).split(".", 1)[0]
+        directory, slash, name = ustar.member_name(header).rpartition("/")
+        return directory + slash + name.split(".", 1)[0]
 
     def _locate(self, sample_id: int) -> tuple[Path, np.void]:
         if not 0 <= sample_id < len(self):

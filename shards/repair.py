@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shards.check import has_sha256, read_manifest
+from shards.check import has_sha256
 from shards.durable import atomic_file, explained, locked, sync_directory
 from shards.engine import Advance, Engine
 from shards.errors import UserError
@@ -36,7 +36,7 @@ def repair_index(directory: Path, classes: tuple[str, ...], engine: Engine) -> t
     tars = tars_in(root)
     with Progress("indexing", None, sum(path.stat().st_size for path in tars)) as progress:
         try:
-            index = read_manifest(root)
+            index = Index.read(root)
         except UserError:
             return _rebuild(root, classes, engine, progress.advance)
         with explained(root), locked(root), tempfile.TemporaryDirectory() as work:
@@ -86,7 +86,9 @@ def _repair(index: Index, work: Path, engine: Engine, advance: Advance) -> tuple
 
 
 def _tars(root: Path, split: Split) -> list[str]:
-    """The names of the tars of a split that are there; UserError where none is."""
+    """The names of the tars of a split that are there; UserError where none is, or the split's is no file name."""
+    if Path(split.offsets_name).name != split.offsets_name:
+        raise UserError(f"split {split.name!a} in {MANIFEST} leads out of its directory; remove {MANIFEST}")
     names = {shard.name for shard in split.shards if (root / shard.name).exists()}
     names |= {
         path.name for path in root.iterdir() if re.fullmatch(rf"{re.escape(split.name)}-\d{{6,}}\.tar", path.name)

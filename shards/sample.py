@@ -1,7 +1,6 @@
 """An image and what is known of it, as the members of a WebDataset sample."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 

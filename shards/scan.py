@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,21 +50,20 @@ def scan(
     rejected = list(collector.rejected)
     if not found:
         reasons = "; ".join(f"{file.where}: {file.reason}" for file in rejected[:3])
-        raise UserError(f"the source holds no images ({reasons or 'no file has the suffix of one'}); is it the right one?")
+        raise UserError(f"the source holds no images ({reasons or 'no file has their suffixes'}); is it the right one?")
     classes = _classes(source, found)
-    with ExitStack() as stack:
-        outputs: dict[str, _Output | None] = {}
-        for split, images in found.items():
-            keys = _Keys(classes)
-            cuts = _cuts(split, images.counts, classes, source.p_rule, minival)
-            for label, name in enumerate(classes):
-                rows, names = _unique(split, name, images, keys, rejected)
-                for part, chosen in cuts(label, len(rows)).items():
-                    if part not in outputs:
-                        directory = place(part)
-                        outputs[part] = stack.enter_context(_Output(directory)) if directory else None
-                    if output := outputs[part]:
-                        output.append(name, label, rows[chosen], [names[i] for i in chosen])
+    outputs: dict[str, _Output | None] = {}
+    for split, images in found.items():
+        keys = _Keys(classes)
+        cuts = _cuts(split, images.counts, classes, source.p_rule, minival)
+        for label, name in enumerate(classes):
+            rows, names = _unique(split, name, images, keys, rejected)
+            for part, chosen in cuts(label, len(rows)).items():
+                if part not in outputs:
+                    directory = place(part)
+                    outputs[part] = _Output(directory) if directory else None
+                if output := outputs[part]:
+                    output.append(name, label, rows[chosen], [names[i] for i in chosen])
     listings = {part: output.listing(classes, collector.containers) for part, output in outputs.items() if output}
     return Scanned(classes, listings, tuple(outputs), tuple(rejected))
 
@@ -156,18 +154,12 @@ class _Keys:
 
 
 class _Output:
-    """The listing of a split being written, class by class. A context manager."""
+    """The listing of a split being written, class by class."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._digest = hashlib.sha256()
         self._table = Table(directory)
-
-    def __enter__(self) -> "_Output":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._table.close()
 
     def append(self, class_name: str, label: int, rows: NDArray[np.void], names: Sequence[bytes]) -> None:
         rows["label"] = label

@@ -50,7 +50,7 @@ def write(source: Source, out: Path, options: WriteOptions, engine: Engine) -> t
     with explained(out):
         out.mkdir(parents=True, exist_ok=True)
         with locked(out):
-            with Progress("listing", None) as progress:
+            with Progress("listing") as progress:
                 begun = begin(source, out, options, progress.advance)
             _write_shards(begun, options, engine)
             return *(Written(split, True) for split in begun.finished), *(Written(s, False) for s in _publish(begun))
@@ -63,7 +63,7 @@ def plan(source: Source, out: Path, options: WriteOptions) -> Begun:
         rehearsal = out / SCRATCH
         rehearsal.mkdir(parents=True, exist_ok=True)
         try:
-            with locked(out), Progress("listing", None) as progress:
+            with locked(out), Progress("listing") as progress:
                 return begin(source, rehearsal, options, progress.advance)
         finally:
             shutil.rmtree(rehearsal)

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ def _processes() -> None:
     """Forking from a process with running torch threads hangs, so ranks are forked from a server without any."""
     torch.set_num_threads(1)
     multiprocessing.get_context("forkserver").set_forkserver_preload(ranks.PRELOADED)
+    forkserver.ensure_running()  # now: the first to start it decides what it has imported, and shards start it too
 
 
 @pytest.fixture(scope="session")

@@ -31,9 +31,11 @@ LAYERS = (  # of pipeline, low to high: a module imports lower ones, and none of
     {"trainer", "predict", "report"},
     {"chain"},
 )
+MAY_USE_EXTRAS = {"shards": ("data", "ray"), "tools": ("demo",)}
 TORCH = {"torch", "torchvision", "timm"}
 IN_BACKEND_ONLY = {"accelerate", "deepspeed"}
-DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}  # where the import has another name
+# Where the import has another name.
+DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "cv2": "opencv-python-headless"}
 
 MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 300
@@ -128,10 +130,11 @@ def distribution(name: str) -> str:
 
 
 def declared_distributions(package: str) -> set[str]:
-    """What setup.cfg requires; of the extras, tools may use the demo's."""
+    """What setup.cfg requires, and the extras that the package may use."""
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
-    lines = config["options"]["install_requires"] + config["options.extras_require"]["demo"] * (package == "tools")
+    extras = [config["options.extras_require"][extra] for extra in MAY_USE_EXTRAS.get(package, ())]
+    lines = "\n".join((config["options"]["install_requires"], *extras))
     return set(re.findall(r"^[\w.-]+", lines, re.MULTILINE))
 
 

@@ -93,7 +93,7 @@ def _add_split(command: argparse.ArgumentParser, kind: Kind) -> None:
 def _add_options(command: argparse.ArgumentParser, kind: Kind) -> None:
     default = WriteOptions()
     add = command.add_argument
-    where = f" for {kind.if_named}" if kind.if_named else ""
+    where = f" for {kind.if_named[0]}" if kind.if_named else ""
     add("--classes", metavar="LIST", help=f"{_CLASSES} (default: {kind.classes or 'the sorted names'}{where})")
     add(
         "--shard-size",
@@ -237,15 +237,16 @@ def _compared(source: WebDatasetTars, out: Path) -> str:
         name: np.bincount(index.offsets(name)["label"], minlength=index.num_classes).tolist()
         if name in there
         else [0] * index.num_classes
-        for name in (TRAIN, VAL)
+        for name in (TRAIN, MINIVAL, VAL)
     }
-    return explain_21k_p(source, counts[TRAIN], counts[VAL], sum(read_report(out, name)["dropped"] for name in there))
+    train = [sum(pair) for pair in zip(counts[TRAIN], counts[MINIVAL], strict=True)]
+    return explain_21k_p(source, train, counts[VAL], sum(read_report(out, name)["dropped"] for name in there))
 
 
 def _index(arguments: argparse.Namespace, engine: Engine) -> None:
     classes = load_classes(arguments.classes) if arguments.classes else ()
     options = ForeignOptions(arguments.split, arguments.label, classes, arguments.max_bad)
-    with Progress("indexing", None) as progress:
+    with Progress("indexing") as progress:
         indexed = index_in_place(arguments.directory, options, engine, progress.advance)
     for split in indexed.index.splits:
         print(f"{split.name}: {split.num_samples:,} images, {len(split.shards):,} shards, {split.num_bytes:,} bytes")

@@ -33,13 +33,13 @@ class Asked:
 @dataclass(frozen=True)
 class Kind:
     """`help` describes the source, `path` what its path leads to. `classes`: the list that it must have, unless another
-    is asked for; `if_named`: only where its file, or one in it, has such a name. `one_split`: it has no split names."""
+    is asked for; `if_named`: only where its file, or one in it, is named so. `one_split`: it has no split names."""
 
     help: str
     path: str
     make: Callable[[Asked, _Classes], Source]
     classes: str | None = None
-    if_named: str = ""
+    if_named: tuple[str, ...] = ()
     one_split: bool = False
 
     def class_list(self, asked: Asked) -> str | None:
@@ -47,7 +47,7 @@ class Kind:
         if asked.classes or not self.if_named:
             return asked.classes or self.classes
         path = Path(asked.path)
-        named = path.match(self.if_named) or any(path.rglob(self.if_named))
+        named = any(path.match(pattern) or any(path.rglob(pattern)) for pattern in self.if_named)
         return self.classes if named else None
 
 
@@ -63,7 +63,7 @@ KINDS = {
         path="tar whose members are <class>.tar or .../<class>/<image>",
         make=lambda asked, classes: TarOfImages(asked.path, asked.split, classes),
         classes="1k",
-        if_named="ILSVRC2012_img_train.tar",
+        if_named=("ILSVRC2012_img_train.tar",),
         one_split=True,
     ),
     "ilsvrc-val": Kind(
@@ -83,7 +83,7 @@ KINDS = {
         path="directory of <split>-00000-of-00010.parquet",
         make=lambda asked, classes: Parquet(asked.path, classes),
         classes="1k",
-        if_named="train-*-of-00294.parquet",
+        if_named=("train-*-of-00294.parquet", "validation-*-of-00014.parquet"),
     ),
     "winter21": Kind(
         help="winter21_whole.tar.gz, cut to train and val by the rule of ImageNet-21k-P",

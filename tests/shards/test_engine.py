@@ -66,7 +66,7 @@ def echo(task, advance):
 
 
 def hang(task, advance):
-    print("under way", flush=True)
+    os.write(1, b"under way\n")
     threading.Event().wait()
 
 
@@ -231,13 +231,16 @@ def test_workers_hold_no_lock_of_this_process(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_workers_end_with_their_parent(number):
     process = start("hang_in_two_workers()")
-    assert [process.stdout.readline() for _ in range(2)] == ["under way\n"] * 2
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)  # as a terminal does
-    else:
-        process.send_signal(number)
-    # The end of its output, which the workers share, tells that all have ended.
-    output, errors = process.communicate(timeout=20)
+    try:
+        assert [process.stdout.readline() for _ in range(2)] == ["under way\n"] * 2
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal does
+        else:
+            process.send_signal(number)
+        # The end of its output, which the workers share, tells that all have ended.
+        output, errors = process.communicate(timeout=20)
+    finally:
+        process.kill()
     assert process.returncode == -number
     assert output == ""
     assert [line for line in errors.splitlines() if "Error" in line or "Interrupt" in line] == (

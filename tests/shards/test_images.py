@@ -49,8 +49,9 @@ def sixteen_bit(shape):
 
 
 def pixels(data):
+    """Pillow's, which warns where a palette with transparency does not become RGBA first."""
     with Image.open(io.BytesIO(data)) as image:
-        return np.asarray(image.convert("RGB")).astype(int)
+        return np.asarray((image.convert("RGBA") if image.mode == "P" else image).convert("RGB")).astype(int)
 
 
 def is_plain(prepared):
@@ -193,6 +194,15 @@ def test_encoded_jpegs():
     assert sizes[0] < 0.7 * sizes[1]
 
 
+@pytest.mark.parametrize("size", [(341, 256), (17, 33), (1, 1)])
+@pytest.mark.parametrize("restart_markers", [False, True])
+def test_opencv_and_pillow_encode_to_the_same_bytes(size, restart_markers):
+    image = np.asarray(photo(size))
+    for quality in (1, 75, 90, 100):
+        both = [raster.encode(image, "jpg", quality, restart_markers, with_opencv) for with_opencv in (False, True)]
+        assert both[0] == both[1]
+
+
 # --- gzip
 
 
@@ -286,22 +296,27 @@ def test_pixels_are_as_good_as_pillows(kind, size):
 def test_a_scaled_decode_is_not_shifted():
     """libjpeg rounds the sides up when it decodes to n/8; that must not move the picture by a fraction of a pixel."""
     width, height = 1283, 861
-    ramps = np.zeros((height, width, 3), np.uint8)
-    ramps[:, :, 0] = np.linspace(0, 255, width)
-    ramps[:, :, 1] = np.linspace(0, 255, height)[:, None]
-    data = encode(Image.fromarray(ramps), quality=98, subsampling="4:4:4")
-    reference = np.asarray(Image.fromarray(ramps).resize((100, 67), Image.Resampling.BOX)).astype(int)
-    scaled = raster.decode_resized(data, "jpg", (100, 67))
+    waves = np.zeros((height, width, 3), np.uint8)
+    waves[:, :, 0] = 127 + 100 * np.sin(2 * np.pi * np.arange(width) / 60)
+    waves[:, :, 1] = 127 + 100 * np.sin(2 * np.pi * np.arange(height) / 60)[:, None]
+    data = encode(Image.fromarray(waves), quality=98, subsampling="4:4:4")
     assert simplejpeg.decode_jpeg(data, min_width=200, min_height=134, min_factor=2).shape == (216, 321, 3)
-    assert abs(scaled[:, :, :2] - reference[:, :, :2]).mean() < 0.7
-    assert abs(scaled[-1, -1, :2].astype(int) - reference[-1, -1, :2]).max() <= 2
+    scaled = raster.decode_resized(data, "jpg", (100, 67)).astype(int)
+    reference = np.asarray(Image.fromarray(waves).resize((100, 67), Image.Resampling.BOX)).astype(int)
+    assert abs(scaled - reference)[:, :, :2].max() <= 8
+
+
+def test_cmyk_is_converted_alike_whether_resized_or_not():
+    data = encode(photo((500, 375), "CMYK"))
+    expected = cv2.resize(raster.decode(data, "jpg"), (341, 256), interpolation=cv2.INTER_AREA)
+    np.testing.assert_array_equal(raster.decode_resized(data, "jpg", (341, 256)), expected)
 
 
 def test_growing_sides():
-    stripes = np.zeros((300, 40, 3), np.uint8)
-    stripes[::2] = 255  # a side that shrinks without antialiasing would keep them
+    stripes = np.zeros((400, 40, 3), np.uint8)
+    stripes[::4] = stripes[3::4] = 255  # a side that shrinks without antialiasing would miss them
     data = encode(Image.fromarray(stripes), "PNG")
-    squashed = raster.decode_resized(data, "png", (150, 150))
+    squashed = raster.decode_resized(data, "png", (100, 100))
     assert abs(squashed.astype(int) - 128).max() <= 1
     image = photo((40, 30))
     grown = raster.decode_resized(encode(image, "PNG"), "png", (64, 64))
@@ -350,11 +365,13 @@ def test_truncated_images_are_found_where_they_are_decoded():
     for kind, data in COPIED.items():
         cut = data[: len(data) - max(20, len(data) // 3)]
         if kind == "one pixel" or kind.startswith("webp"):
-            continue  # nothing but header; and WebP's says how long the file is
+            continue
         assert prepare(cut, "a", KEEP).data is cut
         for options in (ImageOptions(verify=True), ImageOptions("short:16"), ImageOptions(format="webp")):
-            with pytest.raises(BadImage, match="it cannot be decoded .*(truncated|broken)"):
+            with pytest.raises(BadImage, match=r"it cannot be decoded .*(truncated|broken)"):
                 prepare(cut, "a", options)
+    with pytest.raises(BadImage, match="its WEBP header cannot be read"):  # which says how long the file is
+        prepare(COPIED["webp"][:-1], "a", KEEP)
 
 
 @needs_jpegtran

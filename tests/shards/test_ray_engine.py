@@ -259,3 +259,14 @@ def test_a_cluster_that_does_not_answer(address, reason):
         "`ray start --head`, on other machines with `ray start --address=HOST:PORT`, and set RAY_ADDRESS=HOST:PORT "
         "where it is not on this machine"
     )
+
+
+def test_make_shards_writes_the_same_bytes(cluster, source, written, files_of, tmp_path):
+    command = [sys.executable, "tools/make_shards.py", "folder", source, tmp_path / "out", "--engine", "ray"]
+    options = ["--split", "train", "--shard-size", "5"]
+    done = subprocess.run(
+        [*map(str, command), *options], cwd=ROOT, env=os.environ | cluster, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "21 images, 5 shards" in done.stdout
+    assert files_of(tmp_path / "out") == files_of(written(source, tmp_path / "here").root)
