@@ -1,6 +1,5 @@
 """Whether a directory of shards is what its index says: every byte is read once, and what is wrong is told."""
 
-import hashlib
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from shards.classes import check_classes, load_classes, some
 from shards.duplicates import DigestTask, Namer, Place, Spill, digest_shard, find_duplicates, find_repeated_keys
 from shards.engine import Advance, Engine
 from shards.errors import UserError
+from shards.files import has_sha256
 from shards.findings import Findings, Report, SplitCounts
 from shards.foreign import IN_PLACE
 from shards.index import MANIFEST, Index, Split
@@ -94,15 +94,6 @@ def read_manifest(root: Path) -> Index:
         if not root.is_dir():
             raise
         raise UserError(f"{error}; or, where all tars are there, rebuild it from them with --repair-index") from error
-
-
-def has_sha256(path: Path, sha256: str) -> bool:
-    """Whether a file is there and has that hash."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == sha256
-    except OSError:
-        return False
 
 
 class _Counts:

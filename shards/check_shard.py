@@ -1,6 +1,5 @@
 """What one pass over a shard tells: its hash, its structure, and whether index, samples and tar agree."""
 
-import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from shards.check_sample import Problem, check_class, check_image, check_texts, 
 from shards.duplicates import ROW, digest
 from shards.engine import Advance
 from shards.errors import UserError
+from shards.files import HashedReader
 from shards.findings import Findings
 from shards.grouping import TarSample, Unfit, samples_of
 from shards.index import Shard
@@ -21,7 +21,6 @@ from shards.index import Shard
 # Of each check the first so many findings of a shard are kept; all are counted.
 MAX_LISTED = 100
 _MAX_KEY = 200
-_CHUNK_BYTES = 4 << 20
 _BUFFER_BYTES = 1 << 20
 
 Row = tuple[int, int, int]  # offset, size and label of an image, as the index has them
@@ -68,36 +67,6 @@ def check_shard(task: ShardTask, advance: Advance) -> ShardResult:
     return check.result()
 
 
-class _Hashed:
-    """A file that is sought forward only, by reading on, so that all of it is hashed."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.name = file.name
-        self._file = file
-        self._hash = hashlib.sha256()
-        self._position = 0
-
-    def tell(self) -> int:
-        return self._position
-
-    def read(self, size: int) -> bytes:
-        data = self._file.read(size)
-        self._hash.update(data)
-        self._position += len(data)
-        return data
-
-    def seek(self, position: int) -> int:
-        while self._position < position and self.read(min(_CHUNK_BYTES, position - self._position)):
-            pass
-        return self._position
-
-    def sha256(self) -> str:
-        """Of the whole file."""
-        while self.read(_CHUNK_BYTES):
-            pass
-        return self._hash.hexdigest()
-
-
 class _Check:
     """A pass over a shard."""
 
@@ -120,7 +89,7 @@ class _Check:
         return ShardResult(self._task.place, self._findings, images, keys, self._num_bytes, self._num_decoded)
 
     def run(self, file: BinaryIO) -> None:
-        hashed = _Hashed(file)
+        hashed = HashedReader(file)
         try:
             for sample in samples_of(cast(BinaryIO, hashed), os.fstat(file.fileno()).st_size):
                 for check, reason in self._sample_problems(sample, file):
@@ -139,11 +108,11 @@ class _Check:
         elif len(self._images) != num_samples:
             self.found("index", "", f"it holds {len(self._images)} images, and the index counts {num_samples}")
 
-    def _count(self, hashed: _Hashed, images: int) -> None:
+    def _count(self, hashed: HashedReader, images: int) -> None:
         self._advance(images, hashed.tell() - self._num_bytes)
         self._num_bytes = hashed.tell()
 
-    def _check_file(self, hashed: _Hashed) -> None:
+    def _check_file(self, hashed: HashedReader) -> None:
         sha256, shard = hashed.sha256(), self._task.shard
         self._count(hashed, 0)
         if self._num_bytes != shard.num_bytes:

@@ -1,6 +1,5 @@
 """Index in place: `index.json` and offsets beside WebDataset tars that others wrote, which stay as they are."""
 
-import hashlib
 import re
 import shutil
 from collections.abc import Sequence
@@ -8,21 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.lib.format import dtype_to_descr, write_array_header_1_0
 from numpy.typing import NDArray
 
-from shards.durable import atomic_file, explained, locked, sync_directory
+from shards.durable import explained, locked
 from shards.engine import Advance, Engine
 from shards.errors import UserError
-from shards.index import (
-    MANIFEST,
-    OFFSETS_DTYPE,
-    Index,
-    Shard,
-    Split,
-    manifest_bytes,
-    offsets_name,
-)
+from shards.files import has_sha256
+from shards.index import MANIFEST, Index, Shard, Split, offsets_name, write_manifest, write_offsets
 from shards.parts import work_directory
 from shards.tarindex import MAX_LISTED, TarIndex, TarTask, index_tar, read_record, two_names
 
@@ -185,11 +176,7 @@ class _Indexing:
         """Writes the offsets, then the manifest; removes the offsets of splits whose tars are gone."""
         self._check_budget()
         splits = [*self._own, *(self._split(name, tars) for name, tars in self._tars.items())]
-        classes = self._classes()
-        sync_directory(self._root)
-        with atomic_file(self._root / MANIFEST) as file:
-            file.write(manifest_bytes(classes, splits))
-        sync_directory(self._root)
+        write_manifest(Index(self._root, self._classes(), tuple(splits)))
         for name in {split.name for split in self._old.splits} - {split.name for split in splits}:
             (self._root / offsets_name(name)).unlink(missing_ok=True)
 
@@ -211,7 +198,7 @@ class _Indexing:
             num_left_out = {shard.name: int(split.made_from.get(_LEFT_OUT + shard.name, 0)) for shard in split.shards}
             if split.made_from.get(IN_PLACE) != self._how or sum(num_left_out.values()) > self._options.max_bad:
                 continue
-            if not _has_sha256(self._root / split.offsets_name, split.offsets_sha256):
+            if not has_sha256(self._root / split.offsets_name, split.offsets_sha256):
                 continue  # a run was killed before it wrote the manifest
             offsets, start = self._old.offsets(split.name), 0
             for shard in split.shards:
@@ -259,13 +246,9 @@ class _Indexing:
     def _split(self, name: str, tars: Sequence[str]) -> Split:
         parts = [self._parts[tar] for tar in tars]
         num_samples = sum(part.shard.num_samples for part in parts)
-        header = {"descr": dtype_to_descr(OFFSETS_DTYPE), "fortran_order": False, "shape": (num_samples,)}
-        with atomic_file(self._root / offsets_name(name)) as file:
-            write_array_header_1_0(file, header)
-            for part in parts:
-                file.write(part.load().tobytes())
+        sha256 = write_offsets(self._root / offsets_name(name), num_samples, (part.load() for part in parts))
         left_out = {_LEFT_OUT + part.shard.name: part.num_left_out for part in parts if part.num_left_out}
-        return Split(name, tuple(part.shard for part in parts), file.sha256, {IN_PLACE: self._how, **left_out})
+        return Split(name, tuple(part.shard for part in parts), sha256, {IN_PLACE: self._how, **left_out})
 
 
 def _known_classes(old: Index, own: Sequence[Split], options: ForeignOptions) -> tuple[str, ...]:
@@ -278,11 +261,3 @@ def _known_classes(old: Index, own: Sequence[Split], options: ForeignOptions) ->
             f"that make_shards wrote to {old.root}; leave them out, or index the tars in a directory of their own"
         )
     return old.classes
-
-
-def _has_sha256(path: Path, sha256: str) -> bool:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == sha256
-    except FileNotFoundError:
-        return False

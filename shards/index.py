@@ -3,7 +3,7 @@
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.durable import atomic_file, sync_directory
 from shards.errors import UserError
 
 MANIFEST = "index.json"
@@ -125,18 +126,31 @@ class Index:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def manifest_bytes(classes: Sequence[str], splits: Sequence[Split]) -> bytes:
-    """The content of `index.json`, the same bytes for the same index."""
+def write_manifest(index: Index) -> None:
+    """Writes `index.json`, the same bytes for the same index, once everything that it names is on disk."""
     entries = {
         split.name: {
             "made_from": dict(split.made_from),
             "offsets_sha256": split.offsets_sha256,
             "shards": [asdict(shard) for shard in split.shards],
         }
-        for split in splits
+        for split in index.splits
     }
-    manifest = {"version": VERSION, "classes": list(classes), "splits": entries}
-    return (json.dumps(manifest, sort_keys=True, indent=1) + "\n").encode()
+    manifest = {"version": VERSION, "classes": list(index.classes), "splits": entries}
+    sync_directory(index.root)
+    with atomic_file(index.root / MANIFEST) as file:
+        file.write((json.dumps(manifest, sort_keys=True, indent=1) + "\n").encode())
+    sync_directory(index.root)
+
+
+def write_offsets(path: Path, num_samples: int, parts: Iterable[NDArray[np.void]]) -> str:
+    """Writes rows of OFFSETS_DTYPE, part by part, as one array [num_samples]; the hash of the file."""
+    head = {"descr": np.lib.format.dtype_to_descr(OFFSETS_DTYPE), "fortran_order": False, "shape": (num_samples,)}
+    with atomic_file(path) as file:
+        np.lib.format.write_array_header_1_0(file, head)
+        for rows in parts:
+            file.write(rows.tobytes())
+    return file.sha256
 
 
 def offsets_name(split: str) -> str:
@@ -165,10 +179,10 @@ def _read_manifest(root: Path) -> Mapping[str, Any]:
 
 def _parse_split(name: str, entry: Mapping[str, Any]) -> Split:
     shards = tuple(Shard(**shard) for shard in entry["shards"])
-    for shard in shards:
+    for file in (offsets_name(name), *(shard.name for shard in shards)):
         # A manifest from elsewhere must not point outside its directory.
-        if Path(shard.name).name != shard.name:
-            raise ValueError(f"shard name {shard.name!r} is not a plain file name")
+        if Path(file).name != file:
+            raise ValueError(f"{file!r} is not a plain file name")
     return Split(name, shards, entry["offsets_sha256"], entry["made_from"])
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from shards.check import has_sha256
-from shards.durable import atomic_file, explained, locked, sync_directory
+from shards.durable import explained, locked
 from shards.engine import Advance, Engine
 from shards.errors import UserError
+from shards.files import has_sha256
 from shards.foreign import IN_PLACE, ForeignOptions, index_in_place, tars_in
-from shards.index import MANIFEST, OFFSETS_DTYPE, Index, Split, manifest_bytes
+from shards.index import MANIFEST, Index, Split, write_manifest, write_offsets
 from shards.progress import Progress
 from shards.sidecars import write_sidecars
 from shards.tarindex import TarIndex, TarTask, index_tar
@@ -81,14 +81,14 @@ def _repair(index: Index, work: Path, engine: Engine, advance: Advance) -> tuple
             line += "as before" if were_right and split == before else f"before: {_contents(before)}"
         splits.append(split)
         lines.append(line)
-    _publish(Index(index.root, index.classes, tuple(splits)))
+    repaired = Index(index.root, index.classes, tuple(splits))
+    write_sidecars(repaired)
+    write_manifest(repaired)
     return tuple(lines)
 
 
 def _tars(root: Path, split: Split) -> list[str]:
-    """The names of the tars of a split that are there; UserError where none is, or the split's is no file name."""
-    if Path(split.offsets_name).name != split.offsets_name:
-        raise UserError(f"split {split.name!a} in {MANIFEST} leads out of its directory; remove {MANIFEST}")
+    """The names of the tars of a split that are there; UserError where none is."""
     names = {shard.name for shard in split.shards if (root / shard.name).exists()}
     names |= {
         path.name for path in root.iterdir() if re.fullmatch(rf"{re.escape(split.name)}-\d{{6,}}\.tar", path.name)
@@ -116,21 +116,10 @@ def _repaired(root: Path, before: Split, tars: Sequence[TarIndex], work: Path) -
     """The split with those tars; its offsets are written."""
     shards = tuple(tar.shard for tar in tars)
     num_samples = sum(shard.num_samples for shard in shards)
-    head = {"descr": np.lib.format.dtype_to_descr(OFFSETS_DTYPE), "fortran_order": False, "shape": (num_samples,)}
-    with atomic_file(root / before.offsets_name) as file:
-        np.lib.format.write_array_header_1_0(file, head)
-        for shard in shards:
-            file.write(np.load(work / f"{shard.name}.npy", allow_pickle=False).tobytes())
+    rows = (np.load(work / f"{shard.name}.npy", allow_pickle=False) for shard in shards)
+    sha256 = write_offsets(root / before.offsets_name, num_samples, rows)
     made_from = before.made_from if shards == before.shards else _REPAIRED
-    return Split(before.name, shards, file.sha256, made_from)
-
-
-def _publish(index: Index) -> None:
-    write_sidecars(index)
-    sync_directory(index.root)
-    with atomic_file(index.root / MANIFEST) as file:
-        file.write(manifest_bytes(index.classes, index.splits))
-    sync_directory(index.root)
+    return Split(before.name, shards, sha256, made_from)
 
 
 def _contents(split: Split) -> str:

@@ -32,8 +32,8 @@ def encode(image: Image, class_name: str, data: bytes, options: ImageOptions) ->
         "wnid": class_name,
     }
     members = (
-        # The image first: its offset and its header give the reader the bytes and the key.
-        ustar.member(f"{key}.{prepared.field}", prepared.data),
+        # The image first: its offset and its header give the reader the bytes and the key. It is copied only once.
+        *ustar.parts(f"{key}.{prepared.field}", prepared.data),
         ustar.member(f"{key}.cls", b"%d" % image.label),
         ustar.member(f"{key}.json", json.dumps(meta, sort_keys=True).encode()),
     )

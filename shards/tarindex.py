@@ -1,6 +1,5 @@
 """What one pass over a tar of any origin tells: its hash, where its images lie, their labels and class names."""
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ import numpy as np
 from shards.durable import atomic_file
 from shards.engine import Advance
 from shards.errors import UserError
+from shards.files import HashedReader
 from shards.grouping import TarSample, Unfit, samples_of, shown
 from shards.index import OFFSETS_DTYPE, Shard
 
@@ -61,18 +61,18 @@ def index_tar(task: TarTask, advance: Advance) -> TarIndex:
     try:
         with open(task.path, "rb", buffering=0) as raw:
             status = os.fstat(raw.fileno())
-            file = _FrontToBack(raw)
+            file = HashedReader(raw)
             found = _Samples(task)
             before = 0
             for sample in samples_of(cast(BinaryIO, file), status.st_size):
                 found.add(sample)
                 advance(1, file.tell() - before)
                 before = file.tell()
-            file.seek(status.st_size)
+            sha256 = file.sha256()
             advance(0, status.st_size - before)
     except OSError as error:
         raise UserError(f"cannot read {task.path} ({error.strerror}); check its permissions and its disk") from error
-    shard = Shard(task.path.name, len(found.rows), status.st_size, file.sha256)
+    shard = Shard(task.path.name, len(found.rows), status.st_size, sha256)
     return found.write(shard, _identity(task, status))
 
 
@@ -144,31 +144,3 @@ class _Samples:
         with atomic_file(self._task.record_path) as file:
             file.write(json.dumps(asdict(found)).encode())
         return found
-
-
-class _FrontToBack:
-    """A file that is only sought forward, by reading on, so that all of it is hashed."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.name = file.name
-        self._file = file
-        self._hash = hashlib.sha256()
-        self._position = 0
-
-    def tell(self) -> int:
-        return self._position
-
-    def read(self, count: int) -> bytes:
-        data = self._file.read(count)
-        self._hash.update(data)
-        self._position += len(data)
-        return data
-
-    def seek(self, position: int) -> int:
-        while self._position < position and self.read(min(_CHUNK_BYTES, position - self._position)):
-            pass
-        return self._position
-
-    @property
-    def sha256(self) -> str:
-        return self._hash.hexdigest()

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from shards.begin import SCRATCH, Begun, Task, begin
-from shards.durable import atomic_file, explained, locked, sync_directory
+from shards.durable import atomic_file, explained, locked
 from shards.engine import Engine
 from shards.errors import UserError
 from shards.in_place import write_shard
-from shards.index import MANIFEST, OFFSETS_DTYPE, Shard, Split, manifest_bytes, offsets_name
+from shards.index import Shard, Split, offsets_name, write_manifest, write_offsets
 from shards.options import Budget, WriteOptions
-from shards.parts import Job, forget_losses, offsets_path, read_part
+from shards.parts import forget_losses, offsets_path, read_part
 from shards.progress import Progress
 from shards.sidecars import write_sidecars
 from shards.sources.base import Rejected, Source
@@ -124,14 +124,10 @@ def _publish(begun: Begun) -> tuple[Split, ...]:
     """Offsets, reports and sidecars, then the manifest that makes the splits exist."""
     if not begun.tasks:
         return ()
-    out = begun.index.root
     splits = tuple(_finish(task, begun.rejected) for task in begun.tasks)
     index = dataclasses.replace(begun.index, splits=(*begun.index.splits, *splits))
     write_sidecars(index)
-    sync_directory(out)
-    with atomic_file(out / MANIFEST) as file:
-        file.write(manifest_bytes(index.classes, index.splits))
-    sync_directory(out)
+    write_manifest(index)
     for task in begun.tasks:
         shutil.rmtree(task.job.work)
     return splits
@@ -160,17 +156,9 @@ def _finish(task: Task, rejected: Sequence[Rejected]) -> Split:
     }
     with atomic_file(report_path(job.out, job.split)) as file:
         file.write((json.dumps(report, indent=1, sort_keys=True) + "\n").encode())
-    return Split(job.split, tuple(shards), _write_offsets(job, num_samples), task.made_from)
-
-
-def _write_offsets(job: Job, num_samples: int) -> str:
-    """Joins the offsets of the shards, one at a time; the hash of the file."""
-    head = {"descr": np.lib.format.dtype_to_descr(OFFSETS_DTYPE), "fortran_order": False, "shape": (num_samples,)}
-    with atomic_file(job.out / offsets_name(job.split)) as file:
-        np.lib.format.write_array_header_1_0(file, head)
-        for number in range(job.num_shards):
-            file.write(np.load(offsets_path(job.work, number), allow_pickle=False).tobytes())
-    return file.sha256
+    rows = (np.load(offsets_path(job.work, number), allow_pickle=False) for number in range(job.num_shards))
+    sha256 = write_offsets(job.out / offsets_name(job.split), num_samples, rows)
+    return Split(job.split, tuple(shards), sha256, task.made_from)
 
 
 def report_path(out: Path, split: str) -> Path:
