@@ -64,6 +64,8 @@ def begin(source: Source, out: Path, options: WriteOptions, seen: Callable[[], N
         raise UserError(f"the source has no split {_some(sorted(missing))}; it has {_some(sorted(scanned.splits))}")
     tasks, finished = [], []
     for split, listing in scanned.listings.items():
+        if not len(listing):
+            raise UserError(f"split {split!r} has no image left: all classes are too small for what is cut out")
         check_classes_agree(index, scanned.classes, split)
         task = _task(source, out, split, listing, options)
         there = _finished(index, task)

@@ -22,6 +22,7 @@ from shards.images import ImageOptions, read_header
 from shards.index import Index
 from shards.options import WriteOptions
 from shards.reader import Reader
+from shards.sources.base import PRule
 from shards.sources.folders import ClassFolders
 from shards.writer import plan, read_report, write
 
@@ -370,3 +371,17 @@ def test_images_in_shards_decode(index):
         data, _ = reader.read(position, bytes)
         with Image.open(io.BytesIO(data)) as image:
             image.load()
+
+
+class Cut(ClassFolders):
+    """All of it validates."""
+
+    p_rule = PRule(min_images=1)
+
+
+def test_splits_that_nothing_is_left_for(folders, tmp_path):
+    few = folders(tmp_path / "few", images=1)
+    with pytest.raises(UserError, match="the source has no split minival; it has train"):
+        write_all(ClassFolders(few, "train"), tmp_path / "out", minival="50%", splits=("minival",))
+    with pytest.raises(UserError, match="split 'train' has no image left: all classes are too small"):
+        write_all(Cut(few, "train"), tmp_path / "out")
