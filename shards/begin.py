@@ -14,7 +14,7 @@ from shards.index import MANIFEST, Index, Split
 from shards.listing import Listing
 from shards.options import ShardSize, WriteOptions, share
 from shards.parts import Job, work_directory
-from shards.scan import Minival, scan
+from shards.scan import Minival, Scanned, scan
 from shards.sources.base import Rejected, Source
 
 SCRATCH = ".scan"  # in OUT; of no use to the next run
@@ -46,13 +46,34 @@ class Begun:
     rejected: tuple[Rejected, ...]
 
 
-def begin(source: Source, out: Path, options: WriteOptions, seen: Callable[[], None]) -> Begun:
-    """Scans the source into the work directories of OUT, which must be locked.
+def existing_index(out: Path) -> Index:
+    """The index of OUT, which has no splits where there is none yet."""
+    return Index.load(out) if (out / MANIFEST).exists() else Index(out, (), ())
+
+
+def begin(source: Source, out: Path, index: Index, options: WriteOptions, seen: Callable[[], None]) -> Begun:
+    """Scans the source into the work directories of OUT, which must be locked; `index` holds the splits that are there.
 
     UserError for what speaks against writing: another source or other options than those of a finished or of an
     unfinished split, other classes, shards of unknown origin, splits that the source lacks, and too little room.
     """
-    index = Index.load(out) if (out / MANIFEST).exists() else Index(out, (), ())
+    try:
+        scanned = _scan(source, out, index, options, seen)
+        planned = [_task(source, out, split, listing, options) for split, listing in scanned.listings.items()]
+        finished = tuple(split for task in planned if (split := _finished(index, task)))
+        names = {split.name for split in finished}
+        tasks = tuple(task for task in planned if task.job.split not in names)
+        _check_room(out, tasks)
+        for task in tasks:
+            _resume(out, task)
+    finally:
+        _remove_unbegun(out)
+    to_write = {task.job.split for task in tasks}
+    rejected = tuple(file for file in scanned.rejected if file.split in to_write)
+    return Begun(Index(out, scanned.classes, index.splits), tasks, finished, rejected)
+
+
+def _scan(source: Source, out: Path, index: Index, options: WriteOptions, seen: Callable[[], None]) -> Scanned:
     scratch = out / SCRATCH
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
@@ -62,24 +83,11 @@ def begin(source: Source, out: Path, options: WriteOptions, seen: Callable[[], N
         shutil.rmtree(scratch)
     if missing := set(options.splits) - set(scanned.listings):
         raise UserError(f"the source has no split {_some(sorted(missing))}; it has {_some(sorted(scanned.splits))}")
-    tasks, finished = [], []
     for split, listing in scanned.listings.items():
         if not len(listing):
             raise UserError(f"split {split!r} has no image left: all classes are too small for what is cut out")
-        check_classes_agree(index, scanned.classes, split)
-        task = _task(source, out, split, listing, options)
-        there = _finished(index, task)
-        if there:
-            shutil.rmtree(task.job.work)
-            finished.append(there)
-        else:
-            tasks.append(task)
-    _check_room(out, tasks)
-    for task in tasks:
-        _resume(out, task)
-    to_write = {task.job.split for task in tasks}
-    rejected = tuple(file for file in scanned.rejected if file.split in to_write)
-    return Begun(Index(out, scanned.classes, index.splits), tuple(tasks), tuple(finished), rejected)
+        _check_classes(index, scanned.classes, split)
+    return scanned
 
 
 def _minival(options: WriteOptions) -> Minival | None:
@@ -94,7 +102,7 @@ def _places(out: Path, index: Index, wanted: Sequence[str]) -> Callable[[str], P
             return None
         work = work_directory(out, split)
         unknown = [path.name for path in out.iterdir() if re.fullmatch(rf"{re.escape(split)}-\d+\.tar", path.name)]
-        if unknown and not work.is_dir() and split not in [there.name for there in index.splits]:
+        if unknown and not _record(work).exists() and split not in [there.name for there in index.splits]:
             raise UserError(
                 f"{out} holds {min(unknown)}, which is in no index here and would be overwritten; "
                 "move it away or choose another OUT"
@@ -122,13 +130,14 @@ def _task(source: Source, out: Path, split: str, listing: Listing, options: Writ
     return Task(job, {**made_from, "shards": num_shards, **options.that_decide_bytes()}, cost)
 
 
-def check_classes_agree(index: Index, classes: Sequence[str], split: str) -> None:
-    """UserError where a split has other classes than the splits of an index."""
-    missing, extra = sorted(set(index.classes) - set(classes)), sorted(set(classes) - set(index.classes))
-    if index.splits and (missing or extra):
+def _check_classes(index: Index, classes: tuple[str, ...], split: str) -> None:
+    """UserError where labels of a split would be other classes than those of the splits of an index."""
+    if index.splits and classes != index.classes:
+        missing, extra = sorted(set(index.classes) - set(classes)), sorted(set(classes) - set(index.classes))
+        others = f"missing {_some(missing)}; extra {_some(extra)}" if missing or extra else "they are in another order"
         raise UserError(
-            f"the classes of {split!r} differ from those of the splits in {index.root}: missing {_some(missing)}; "
-            f"extra {_some(extra)}. All splits of one OUT share their class folders: mend SOURCE or choose another OUT."
+            f"the classes of {split!r} differ from those of the splits in {index.root}: {others}. "
+            "All splits of one OUT share their classes: mend SOURCE or --classes, or choose another OUT."
         )
 
 
@@ -137,7 +146,6 @@ def _finished(index: Index, task: Task) -> Split | None:
     if split is None:
         return None
     if changes := _changes(split.made_from, task.made_from):
-        shutil.rmtree(task.job.work)
         raise UserError(
             f"split {split.name!r} in {index.root} is finished, and was made from another source or with other options "
             f"({changes}). Repeat those, or choose another OUT."
@@ -153,20 +161,20 @@ def _changes(before: Mapping[str, str | int], now: Mapping[str, str | int]) -> s
 
 def _check_room(out: Path, tasks: Sequence[Task]) -> None:
     """A spool is deleted once its tar is written, so spools need no room beside that of the tars."""
-    for task in tasks:
-        written = sum(path.stat().st_size for path in (*out.glob(f"{task.job.split}-*.tar"), *task.job.work.iterdir()))
-        needed = round(task.num_bytes * _SURELY) - written
-        free = shutil.disk_usage(out).free
-        if needed > free:
-            raise UserError(
-                f"split {task.job.split!r} needs about {task.num_bytes:,} bytes ({written:,} are written), and "
-                f"{free:,} are free in {out}. Make room, choose another OUT, or smaller images (--resize, --quality)."
-            )
+    jobs = [task.job for task in tasks]
+    there = (path for job in jobs for path in (*out.glob(f"{job.split}-*.tar"), *job.work.iterdir()))
+    written, needed = sum(path.stat().st_size for path in there), sum(task.num_bytes for task in tasks)
+    free = shutil.disk_usage(out).free
+    if needed * _SURELY - written > free:
+        raise UserError(
+            f"the shards need about {needed:,} bytes ({written:,} are written), and {free:,} are free in {out}. "
+            "Make room, choose another OUT, or smaller images (--resize, --quality)."
+        )
 
 
 def _resume(out: Path, task: Task) -> None:
     """Keeps the finished shards of an unfinished run, removes its temporaries; UserError where it was another run."""
-    split, record = task.job.split, task.job.work / "made_from.json"
+    split, record = task.job.split, _record(task.job.work)
     if record.exists():
         if changes := _changes(json.loads(record.read_bytes()), task.made_from):
             raise UserError(
@@ -178,6 +186,18 @@ def _resume(out: Path, task: Task) -> None:
             file.write(json.dumps(dict(task.made_from)).encode())
         sync_directory(out)
     _remove_temporaries(out, task.job.work)
+
+
+def _record(work: Path) -> Path:
+    """From when it is there, the split has been begun."""
+    return work / "made_from.json"
+
+
+def _remove_unbegun(out: Path) -> None:
+    """The listings of splits that are not to be written, or that something spoke against."""
+    for work in out.glob("*.unfinished"):
+        if not _record(work).exists():
+            shutil.rmtree(work)
 
 
 def _remove_temporaries(out: Path, work: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from shards.begin import SCRATCH, Begun, Task, begin
+from shards.begin import SCRATCH, Begun, Task, begin, existing_index
 from shards.durable import atomic_file, explained, locked
 from shards.engine import Engine
 from shards.errors import UserError
@@ -51,7 +51,7 @@ def write(source: Source, out: Path, options: WriteOptions, engine: Engine) -> t
         out.mkdir(parents=True, exist_ok=True)
         with locked(out):
             with Progress("listing") as progress:
-                begun = begin(source, out, options, progress.advance)
+                begun = begin(source, out, existing_index(out), options, progress.advance)
             _write_shards(begun, options, engine)
             return *(Written(split, True) for split in begun.finished), *(Written(s, False) for s in _publish(begun))
 
@@ -64,7 +64,7 @@ def plan(source: Source, out: Path, options: WriteOptions) -> Begun:
         rehearsal.mkdir(parents=True, exist_ok=True)
         try:
             with locked(out), Progress("listing") as progress:
-                return begin(source, rehearsal, options, progress.advance)
+                return begin(source, rehearsal, existing_index(out), options, progress.advance)
         finally:
             shutil.rmtree(rehearsal)
 

@@ -160,6 +160,14 @@ def test_splits_must_agree_on_their_classes(index, folders, written, tmp_path):
     assert Index.load(index.root) == index
 
 
+def test_splits_must_agree_on_the_order_of_their_classes(index, source):
+    """Else the labels of one of them would be other classes without a word."""
+    with pytest.raises(UserError, match=r"classes of 'val' differ .*: they are in another order"):
+        write_all(ClassFolders(source, "val", ("c1", "c0", "c2")), index.root)
+    assert Index.load(index.root) == index
+    assert not list(index.root.glob("*.unfinished"))
+
+
 def test_a_finished_split_is_left_as_it_is(index, source):
     before = {path: path.stat().st_mtime_ns for path in index.root.glob("*[!k]")}
     (written,) = write_all(ClassFolders(source, "train"), index.root, shard_size="5")
@@ -288,6 +296,10 @@ def test_a_plan_leaves_no_trace(source, files_of, tmp_path):
     assert (task.job.num_images, task.job.num_shards, begun.index.classes) == (21, 5, ("c0", "c1", "c2"))
     assert files_of(tmp_path / "out") == {".lock": b""}
     write_all(ClassFolders(source, "train"), tmp_path / "out", shard_size="5")
+    again = plan(ClassFolders(source, "train"), tmp_path / "out", WriteOptions(shard_size="5"))
+    assert (again.tasks, [split.name for split in again.finished]) == ((), ["train"])
+    with pytest.raises(UserError, match="made from another source or with other options"):
+        plan(ClassFolders(source, "train"), tmp_path / "out", WriteOptions(shard_size="6"))
     written = Index.load(tmp_path / "out").split("train").num_bytes
     assert task.num_bytes == pytest.approx(written, rel=0.1)
 
