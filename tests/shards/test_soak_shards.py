@@ -89,7 +89,7 @@ def test_a_full_disk(photographs, files_of, tmp_path, in_order):
     if mounted.returncode:
         pytest.skip(f"a small tmpfs cannot be mounted here: {mounted.stderr.strip()}")
     try:
-        more = run("folder", photographs, disk / "out", *rest, "--resize", "squash:1024")
+        more = run("folder", photographs, disk / "out", *rest, "--resize", "squash:400")
         assert more.returncode == 2
         assert "the shards need about " in more.stderr
         assert {path.name for path in (disk / "out").iterdir()} == {".lock"}
