@@ -6,10 +6,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from shards import ustar
 from shards.errors import UserError
 from shards.files import OpenFiles
 from shards.index import Index
+from shards.tars import ustar
 
 T = TypeVar("T")
 

@@ -18,9 +18,9 @@ import torch
 
 from pipeline.backend.world import World
 from shards.engine import open_engine
-from shards.options import WriteOptions
 from shards.sources.folders import ClassFolders
-from shards.writer import write
+from shards.writing.options import WriteOptions
+from shards.writing.writer import write
 
 NUM_CLASSES = 5
 

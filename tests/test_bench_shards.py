@@ -8,7 +8,7 @@ import pytest
 
 from shards.engine import open_engine
 from shards.index import Index
-from shards.options import WriteOptions
+from shards.writing.options import WriteOptions
 from tools import bench_shards
 
 

@@ -8,14 +8,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from shards.check import CheckOptions, check_directory, read_manifest
+from shards.checking.check import CheckOptions, check_directory, read_manifest
+from shards.checking.contact_sheet import write_contact_sheet
+from shards.checking.findings import Finding, Report
+from shards.checking.repair import repair_index
 from shards.classes import load_classes
-from shards.contact_sheet import write_contact_sheet
 from shards.durable import atomic_file
 from shards.engine import Engine, open_engine
 from shards.errors import UserError
-from shards.findings import Finding, Report
-from shards.repair import repair_index
 
 _MAX_SHOWN = 20
 

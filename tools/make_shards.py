@@ -13,19 +13,19 @@ from pathlib import Path
 
 import numpy as np
 
-from shards.begin import Begun, Task
 from shards.classes import load_classes
 from shards.engine import ENGINES, Engine, open_engine
 from shards.errors import UserError
-from shards.foreign import ForeignOptions, index_in_place
 from shards.images import FORMATS, ImageOptions
 from shards.index import Index
-from shards.options import WriteOptions
 from shards.progress import Progress
-from shards.scan import MINIVAL, TRAIN, VAL
 from shards.sources.kinds import KINDS, Asked, Kind, open_source
 from shards.sources.webdataset import WebDatasetTars, explain_21k_p
-from shards.writer import Written, plan, read_report, report_path, write
+from shards.tars.in_place import ForeignOptions, index_in_place
+from shards.writing.begin import Begun, Task
+from shards.writing.options import WriteOptions
+from shards.writing.scan import MINIVAL, TRAIN, VAL
+from shards.writing.writer import Written, plan, read_report, report_path, write
 
 
 def main(argv: Sequence[str] | None = None) -> int:

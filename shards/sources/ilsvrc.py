@@ -18,7 +18,7 @@ from shards.classes import check_classes, some, text_lines
 from shards.errors import UserError
 from shards.sources.base import Entry, Rejected, is_image_name
 from shards.sources.fetch import Ranges
-from shards.tarwalk import walk
+from shards.tars.walk import walk
 
 _TRUTH, _META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 _NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")

@@ -11,7 +11,7 @@ from typing import BinaryIO, NamedTuple, cast
 from shards.errors import UserError
 from shards.sources.base import MAX_IMAGE_BYTES, Entry, Fetcher, Rejected, is_image_name
 from shards.sources.fetch import Ranges
-from shards.tarwalk import Member, unsafe_path, walk
+from shards.tars.walk import Member, unsafe_path, walk
 
 _GZIP = b"\x1f\x8b"
 _OTHER_COMPRESSIONS = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from shards.classes import some
 from shards.errors import UserError
-from shards.foreign import split_of, tars_in
-from shards.grouping import TarSample, Unfit, samples_of, shown
 from shards.index import MANIFEST, Index
 from shards.sources.base import Entry, PRule, Rejected, is_image_name
 from shards.sources.fetch import Ranges
+from shards.tars.in_place import split_of, tars_in
+from shards.tars.samples import TarSample, Unfit, samples_of, shown
 
 # Where a class list selects the classes, and not their size.
 RULE_OF_LISTED = PRule(min_images=1)

@@ -11,9 +11,9 @@ from PIL import Image
 
 from shards.engine import open_engine
 from shards.index import Index
-from shards.options import WriteOptions
 from shards.sources.folders import ClassFolders
-from shards.writer import write as write_shards
+from shards.writing.options import WriteOptions
+from shards.writing.writer import write as write_shards
 
 # The same examples on every machine, however slow.
 settings.register_profile("shards", deadline=None, derandomize=True)

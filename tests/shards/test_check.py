@@ -8,15 +8,15 @@ import tarfile
 import numpy as np
 import pytest
 
-from shards import ustar
-from shards.check import CheckOptions, check_directory
-from shards.check_shard import MAX_LISTED
-from shards.duplicates import ROW, Spill
+from shards.checking.check import CheckOptions, check_directory
+from shards.checking.duplicates import ROW, Spill
+from shards.checking.findings import ACROSS, IN_OTHER, OTHER_CLASS, WITHIN
+from shards.checking.shard import MAX_LISTED
 from shards.engine import open_engine
 from shards.errors import UserError
-from shards.findings import ACROSS, IN_OTHER, OTHER_CLASS, WITHIN
-from shards.foreign import ForeignOptions, index_in_place
 from shards.index import Index
+from shards.tars import ustar
+from shards.tars.in_place import ForeignOptions, index_in_place
 
 SHARD = "train-000001.tar"
 IMAGES = (".jpg", ".png", ".webp")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards.contact_sheet import write_contact_sheet
+from shards.checking.contact_sheet import write_contact_sheet
 from shards.errors import UserError
 from shards.index import Index
 

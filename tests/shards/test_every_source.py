@@ -17,9 +17,9 @@ from shards.classes import load_classes
 from shards.engine import open_engine
 from shards.errors import UserError
 from shards.index import Index
-from shards.options import WriteOptions
 from shards.sources.kinds import KINDS, Asked, open_source
-from shards.writer import write
+from shards.writing.options import WriteOptions
+from shards.writing.writer import write
 
 ROOT = Path(__file__).parents[2]
 WNIDS = ("n01440764", "n01443537", "n02084071")

@@ -13,9 +13,9 @@ from foreign_tars import link, picture, sample, write_tar
 from shards.durable import locked
 from shards.engine import open_engine
 from shards.errors import UserError
-from shards.foreign import IN_PLACE, ForeignOptions, index_in_place, split_of
 from shards.index import Index
 from shards.reader import Reader
+from shards.tars.in_place import IN_PLACE, ForeignOptions, index_in_place, split_of
 
 
 def run(directory, workers=1, advance=lambda images, num_bytes: None, **options):

@@ -15,7 +15,7 @@ from PIL import Image
 
 from shards.index import Index
 from shards.reader import Reader
-from shards.sidecars import write_sidecars
+from shards.writing.sidecars import write_sidecars
 
 FIELDS = ("jpg", "png", "webp")
 # webdataset, and timm through it, leave their tars open for the garbage collector.

@@ -6,14 +6,14 @@ import shutil
 import numpy as np
 import pytest
 
-from shards import ustar
-from shards.check import CheckOptions, check_directory
+from shards.checking.check import CheckOptions, check_directory
+from shards.checking.repair import repair_index
 from shards.durable import locked
 from shards.engine import open_engine
 from shards.errors import UserError
-from shards.foreign import ForeignOptions, index_in_place
 from shards.index import Index
-from shards.repair import repair_index
+from shards.tars import ustar
+from shards.tars.in_place import ForeignOptions, index_in_place
 
 
 def repair(root, classes=()):

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from shards.errors import UserError
-from shards.scan import Minival, scan
 from shards.sources.base import Entry, PRule, Rejected
+from shards.writing.scan import Minival, scan
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from PIL import Image
 
 from shards.engine import open_engine
 from shards.errors import UserError
-from shards.foreign import ForeignOptions, index_in_place
 from shards.index import Index
 from shards.reader import Reader
-from shards.sidecars import write_sidecars
+from shards.tars.in_place import ForeignOptions, index_in_place
+from shards.writing.sidecars import write_sidecars
 
 NAMES = ["train-000000.tar", "train-000001.tar", "train-000002.tar", "train-000003.tar", "train-000004.tar"]
 COUNTS = [5, 4, 4, 4, 4]

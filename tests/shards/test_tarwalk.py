@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.errors import UserError
-from shards.tarwalk import unsafe_path, walk
+from shards.tars.walk import unsafe_path, walk
 
 KINDS = {
     tarfile.REGTYPE: "file",

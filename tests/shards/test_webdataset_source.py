@@ -12,14 +12,14 @@ from foreign_tars import link, picture, sample, write_tar
 
 from shards.engine import open_engine
 from shards.errors import UserError
-from shards.foreign import ForeignOptions, index_in_place
 from shards.index import Index
-from shards.options import WriteOptions
 from shards.reader import Reader
 from shards.sources import webdataset as source_module
 from shards.sources.base import Entry, Rejected, Source
 from shards.sources.webdataset import RULE_OF_LISTED, WebDatasetTars, explain_21k_p
-from shards.writer import write
+from shards.tars.in_place import ForeignOptions, index_in_place
+from shards.writing.options import WriteOptions
+from shards.writing.writer import write
 
 
 def scan(source: Source):

@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards import ustar
 from shards.durable import atomic_file
 from shards.engine import open_engine
 from shards.errors import UserError
 from shards.images import ImageOptions, read_header
 from shards.index import Index
-from shards.options import WriteOptions
 from shards.reader import Reader
 from shards.sources.base import PRule
 from shards.sources.folders import ClassFolders
-from shards.writer import plan, read_report, write
+from shards.tars import ustar
+from shards.writing.options import WriteOptions
+from shards.writing.writer import plan, read_report, write
 
 
 def write_all(source, out, workers=1, **options):

@@ -9,14 +9,14 @@ from typing import BinaryIO, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.check_sample import Problem, check_class, check_image, check_texts, label_of
-from shards.duplicates import ROW, digest
+from shards.checking.duplicates import ROW, digest
+from shards.checking.findings import Findings
+from shards.checking.sample import Problem, check_class, check_image, check_texts, label_of
 from shards.engine import Advance
 from shards.errors import UserError
 from shards.files import HashedReader
-from shards.findings import Findings
-from shards.grouping import TarSample, Unfit, samples_of
 from shards.index import Shard
+from shards.tars.samples import TarSample, Unfit, samples_of
 
 # Of each check the first so many findings of a shard are kept; all are counted.
 MAX_LISTED = 100

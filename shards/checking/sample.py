@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 
-from shards.grouping import TarSample, Unfit, shown
 from shards.images import BadImage, ImageHeader, read_header
 from shards.raster import check_decodes
+from shards.tars.samples import TarSample, Unfit, shown
 
 NO_LABEL = -1
 _TYPES = {"jpg": "jpg", "jpeg": "jpg", "png": "png", "webp": "webp"}

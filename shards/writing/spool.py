@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from shards.durable import atomic_file, explained, sync_directory
 from shards.engine import Advance, Engine
 from shards.images import BadImage, ImageOptions
-from shards.listing import Image, Listing
-from shards.parts import Job, Part, read_part, write_part
 from shards.plan import Permutation
-from shards.sample import Encoded, encode, fetch
 from shards.sources.base import Rejected
+from shards.writing.listing import Image, Listing
+from shards.writing.parts import Job, Part, read_part, write_part
+from shards.writing.sample import Encoded, encode, fetch
 
 _RECORD = struct.Struct("<QiIQI")  # position in the shuffle, label, bytes of the image, of the members, of the changes
 _LEFT_OUT = -1

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from shards import ustar
 from shards.durable import atomic_file, explained
-from shards.foreign import IN_PLACE
 from shards.index import Index, Split
+from shards.tars import ustar
+from shards.tars.in_place import IN_PLACE
 
 _ENERGON = ".nv-meta"
 _ENERGON_DATASET = b"""\

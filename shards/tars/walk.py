@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 from shards.errors import UserError
-from shards.ustar import BLOCK
+from shards.tars.ustar import BLOCK
 
 # What is read at once of an extended header, or behind the end mark (GNU tar fills up a record there, mostly 10 KiB).
 _MAX_EXTRA_BYTES = 1 << 20

@@ -8,11 +8,11 @@ import numpy as np
 
 from shards.engine import Advance
 from shards.images import BadImage
-from shards.listing import Listing
-from shards.parts import Job, Part, write_part
 from shards.plan import Permutation
-from shards.sample import Encoded, encode, fetch
 from shards.sources.base import Rejected
+from shards.writing.listing import Listing
+from shards.writing.parts import Job, Part, write_part
+from shards.writing.sample import Encoded, encode, fetch
 
 
 def write_shard(task: tuple[Job, int], advance: Advance) -> Part:

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any, BinaryIO
 
 from shards.sources.base import MAX_IMAGE_BYTES
-from shards.tarwalk import Member, unsafe_path, walk
+from shards.tars.walk import Member, unsafe_path, walk
 
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
 _TEXT_FIELDS = ("cls", "json")
@@ -90,7 +90,7 @@ def samples_of(file: BinaryIO, end: int | None = None) -> Iterator[TarSample]:
 
     WebDataset's rules: a member's key is its path up to the first dot of its last component, its field the rest in
     lower case; directories, names without a field and names like `__this__` are passed over. `file` and `end` as for
-    `shards.tarwalk.walk`, whose UserErrors these are.
+    `shards.tars.walk.walk`, whose UserErrors these are.
     """
     sample, seen = None, set[str]()
     for member in walk(file, end):

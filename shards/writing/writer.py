@@ -16,18 +16,18 @@ from typing import Any
 
 import numpy as np
 
-from shards.begin import SCRATCH, Begun, Task, begin, existing_index
 from shards.durable import atomic_file, explained, locked
 from shards.engine import Engine
 from shards.errors import UserError
-from shards.in_place import write_shard
 from shards.index import Shard, Split, offsets_name, write_manifest, write_offsets
-from shards.options import Budget, WriteOptions
-from shards.parts import forget_losses, offsets_path, read_part
 from shards.progress import Progress
-from shards.sidecars import write_sidecars
 from shards.sources.base import Rejected, Source
-from shards.spool import fill_spools, shuffle_spool
+from shards.writing.begin import SCRATCH, Begun, Task, begin, existing_index
+from shards.writing.in_place import write_shard
+from shards.writing.options import Budget, WriteOptions
+from shards.writing.parts import forget_losses, offsets_path, read_part
+from shards.writing.sidecars import write_sidecars
+from shards.writing.spool import fill_spools, shuffle_spool
 
 _MAX_LISTED = 20
 

@@ -12,11 +12,11 @@ from shards.durable import explained, locked
 from shards.engine import Advance, Engine
 from shards.errors import UserError
 from shards.files import has_sha256
-from shards.foreign import IN_PLACE, ForeignOptions, index_in_place, tars_in
 from shards.index import MANIFEST, Index, Split, write_manifest, write_offsets
 from shards.progress import Progress
-from shards.sidecars import write_sidecars
-from shards.tarindex import TarIndex, TarTask, index_tar
+from shards.tars.contents import TarIndex, TarTask, index_tar
+from shards.tars.in_place import IN_PLACE, ForeignOptions, index_in_place, tars_in
+from shards.writing.sidecars import write_sidecars
 
 _ASIDE = "index.json.broken"
 _REPAIRED = {"repaired": "from tars"}
@@ -25,7 +25,7 @@ _REPAIRED = {"repaired": "from tars"}
 def repair_index(directory: Path, classes: tuple[str, ...], engine: Engine) -> tuple[str, ...]:
     """Reads the tars of a directory and writes offsets, manifest and sidecars; says what became of it, a line each.
 
-    Without a manifest that can be read, all tars are indexed as by `shards.foreign.index_in_place`, with `classes` or
+    Without a manifest that can be read, all tars are indexed as by `index_in_place`, with `classes` or
     those that their json names. With one, its classes hold, and each split that make_shards wrote gets the tars that
     bear its name; where they are not those of the manifest, make_shards no longer takes the split for its own work.
 

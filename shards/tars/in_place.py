@@ -14,8 +14,8 @@ from shards.engine import Advance, Engine
 from shards.errors import UserError
 from shards.files import has_sha256
 from shards.index import MANIFEST, Index, Shard, Split, offsets_name, write_manifest, write_offsets
-from shards.parts import work_directory
-from shards.tarindex import MAX_LISTED, TarIndex, TarTask, index_tar, read_record, two_names
+from shards.tars.contents import MAX_LISTED, TarIndex, TarTask, index_tar, read_record, two_names
+from shards.writing.parts import work_directory
 
 IN_PLACE = "indexed in place"  # the key by which `made_from` tells such a split
 _LEFT_OUT = "left out of "

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from shards import ustar
 from shards.durable import atomic_file
 from shards.errors import UserError
 from shards.images import ImageOptions
 from shards.index import OFFSETS_DTYPE, Shard
-from shards.sample import Encoded
 from shards.sources.base import Rejected, Source
+from shards.tars import ustar
+from shards.writing.sample import Encoded
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,26 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.check_sample import NO_LABEL
-from shards.check_shard import ShardResult, ShardTask, check_shard
+from shards.checking.duplicates import (
+    DigestTask,
+    Namer,
+    Place,
+    Spill,
+    digest_shard,
+    find_duplicates,
+    find_repeated_keys,
+)
+from shards.checking.findings import Findings, Report, SplitCounts
+from shards.checking.sample import NO_LABEL
+from shards.checking.shard import ShardResult, ShardTask, check_shard
 from shards.classes import check_classes, load_classes, some
-from shards.duplicates import DigestTask, Namer, Place, Spill, digest_shard, find_duplicates, find_repeated_keys
 from shards.engine import Advance, Engine
 from shards.errors import UserError
 from shards.files import has_sha256
-from shards.findings import Findings, Report, SplitCounts
-from shards.foreign import IN_PLACE
 from shards.index import MANIFEST, Index, Split
 from shards.plan import Permutation
 from shards.progress import Progress
+from shards.tars.in_place import IN_PLACE
 
 _SEED = 0
 # Of duplicates, and of all else that is found outside of a shard's own pass, the first so many of each are kept.

@@ -13,8 +13,8 @@ from shards.durable import atomic_file
 from shards.engine import Advance
 from shards.errors import UserError
 from shards.files import HashedReader
-from shards.grouping import TarSample, Unfit, samples_of, shown
 from shards.index import OFFSETS_DTYPE, Shard
+from shards.tars.samples import TarSample, Unfit, samples_of, shown
 
 MAX_LISTED = 20  # samples left out, that are described
 _CHUNK_BYTES = 1 << 20

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from shards import ustar
+from shards.checking.findings import ACROSS, IN_OTHER, OTHER_CLASS, WITHIN, Findings
 from shards.durable import explained
 from shards.engine import Advance
 from shards.errors import UserError
 from shards.files import OpenFiles
-from shards.findings import ACROSS, IN_OTHER, OTHER_CLASS, WITHIN, Findings
+from shards.tars import ustar
 
 # What has the digest (`high`, `low`): the sample of class `label` whose image begins at `offset` of shard `place`.
 ROW = np.dtype([("high", "<u8"), ("low", "<u8"), ("place", "<u4"), ("label", "<i4"), ("offset", "<u8")])

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.classes import check_classes
-from shards.collect import Collector, Found
 from shards.errors import UserError
-from shards.listing import Listing, Table, write_head
 from shards.plan import Permutation
 from shards.sources.base import PRule, Rejected, Source, sample_key
+from shards.writing.collect import Collector, Found
+from shards.writing.listing import Listing, Table, write_head
 
 TRAIN, VAL, MINIVAL = "train", "val", "minival"
 

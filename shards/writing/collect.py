@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from shards import ustar
 from shards.errors import UserError
-from shards.listing import ROW, Table, read_names, read_rows
 from shards.sources.base import MAX_IMAGE_BYTES, Entry, Rejected, Source, sample_key
+from shards.tars import ustar
+from shards.writing.listing import ROW, Table, read_names, read_rows
 
 _MAX_KEY_BYTES = ustar.MAX_NAME_BYTES - len(".json")
 _MAX_REJECTED = 100_000

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from shards.durable import atomic_file, sync_directory
 from shards.errors import UserError
-from shards.estimate import Estimate, estimate
 from shards.index import MANIFEST, Index, Split
-from shards.listing import Listing
-from shards.options import ShardSize, WriteOptions, share
-from shards.parts import Job, work_directory
-from shards.scan import Minival, Scanned, scan
 from shards.sources.base import Rejected, Source
+from shards.writing.estimate import Estimate, estimate
+from shards.writing.listing import Listing
+from shards.writing.options import ShardSize, WriteOptions, share
+from shards.writing.parts import Job, work_directory
+from shards.writing.scan import Minival, Scanned, scan
 
 SCRATCH = ".scan"  # in OUT; of no use to the next run
 _MAX_LISTED = 5

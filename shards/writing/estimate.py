@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shards import ustar
 from shards.errors import UserError
 from shards.images import BadImage, ImageOptions
-from shards.listing import Image, Listing
 from shards.plan import Permutation
-from shards.sample import encode
 from shards.sources.base import Source
+from shards.tars import ustar
+from shards.writing.listing import Image, Listing
+from shards.writing.sample import encode
 
 _IMAGES = 64
 

@@ -4,10 +4,10 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 
-from shards import ustar
 from shards.images import BadImage, ImageOptions, prepare
-from shards.listing import Image
 from shards.sources.base import Fetcher, Source, sample_key
+from shards.tars import ustar
+from shards.writing.listing import Image
 
 
 @dataclass(frozen=True, slots=True)
