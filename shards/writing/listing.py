@@ -56,14 +56,17 @@ class Table:
 
 def read_rows(directory: Path) -> NDArray[np.void]:
     """The rows of a Table, memory-mapped."""
-    path = directory / _ROWS
-    return np.memmap(path, ROW, "r") if path.stat().st_size else np.empty(0, ROW)
+    return _mapped(directory / _ROWS, ROW)
 
 
 def read_names(directory: Path) -> NDArray[np.uint8]:
     """The names of a Table, one after the other, memory-mapped."""
-    path = directory / _NAMES
-    return np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
+    return _mapped(directory / _NAMES, np.dtype(np.uint8))
+
+
+def _mapped(path: Path, dtype: np.dtype) -> NDArray:
+    # As plain arrays: np.memmap has a Python method run at every item.
+    return np.memmap(path, dtype, "r").view(np.ndarray) if path.stat().st_size else np.empty(0, dtype)
 
 
 class Listing:

@@ -24,7 +24,7 @@ def encode(image: Image, class_name: str, data: bytes, options: ImageOptions) ->
     """BadImage says why the bytes are no sample."""
     prepared = prepare(data, image.name, options)
     key = sample_key(class_name, image.name)
-    meta = {
+    meta = {  # sorted
         "changes": prepared.changes,
         "filename": image.name,
         "height": prepared.height,
@@ -35,7 +35,7 @@ def encode(image: Image, class_name: str, data: bytes, options: ImageOptions) ->
         # The image first: its offset and its header give the reader the bytes and the key. It is copied only once.
         *ustar.parts(f"{key}.{prepared.field}", prepared.data),
         ustar.member(f"{key}.cls", b"%d" % image.label),
-        ustar.member(f"{key}.json", json.dumps(meta, sort_keys=True).encode()),
+        ustar.member(f"{key}.json", json.dumps(meta).encode()),
     )
     return Encoded(image.label, len(prepared.data), b"".join(members), prepared.changes)
 
