@@ -185,7 +185,7 @@ def _resume(out: Path, task: Task) -> None:
         with atomic_file(record) as file:
             file.write(json.dumps(dict(task.made_from)).encode())
         sync_directory(out)
-    _remove_temporaries(out, task.job.work)
+    remove_temporaries(task.job)
 
 
 def _record(work: Path) -> Path:
@@ -200,9 +200,9 @@ def _remove_unbegun(out: Path) -> None:
             shutil.rmtree(work)
 
 
-def _remove_temporaries(out: Path, work: Path) -> None:
-    """What killed runs left in OUT, which is locked, so that nobody else is writing."""
-    for directory in (out, out / ".nv-meta", work):
+def remove_temporaries(job: Job) -> None:
+    """What killed processes left in OUT, which is locked, so that nobody else is writing."""
+    for directory in (job.out, job.out / ".nv-meta", job.work):
         for path in directory.glob("*.tmp"):
             if re.fullmatch(r".+\.(tar|idx|npy|json|yaml|gz)\.\d+\.tmp", path.name):
                 path.unlink()

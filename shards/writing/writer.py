@@ -22,7 +22,7 @@ from shards.errors import UserError
 from shards.index import Shard, Split, offsets_name, write_manifest, write_offsets
 from shards.progress import Progress
 from shards.sources.base import Rejected, Source
-from shards.writing.begin import SCRATCH, Begun, Task, begin, existing_index
+from shards.writing.begin import SCRATCH, Begun, Task, begin, existing_index, remove_temporaries
 from shards.writing.in_place import write_shard
 from shards.writing.options import Budget, WriteOptions
 from shards.writing.parts import forget_losses, offsets_path, read_part
@@ -118,6 +118,9 @@ def _write_shards(begun: Begun, options: WriteOptions, engine: Engine) -> None:
         for shard in shards:
             forget_losses(*shard)
         raise
+    finally:
+        for job in jobs:
+            remove_temporaries(job)
 
 
 def _publish(begun: Begun) -> tuple[Split, ...]:
