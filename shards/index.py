@@ -18,7 +18,7 @@ MANIFEST = "index.json"
 VERSION = 1
 # One row a sample, in the order of the shards: where the image's bytes lie in its shard.
 OFFSETS_DTYPE = np.dtype([("offset", "<u8"), ("size", "<u4"), ("label", "<i4")])
-_MAKE = "python tools/make_shards.py folder SOURCE OUT --split NAME"
+_MAKE = "python tools/make_shards.py KIND SOURCE OUT (or index DIR, for tars that others wrote)"
 
 
 @dataclass(frozen=True)
