@@ -11,7 +11,7 @@ from shards.durable import atomic_file, sync_directory
 from shards.errors import UserError
 from shards.index import MANIFEST, Index, Split
 from shards.sources.base import Rejected, Source
-from shards.writing.estimate import Estimate, estimate
+from shards.writing.estimate import Estimate, estimates
 from shards.writing.listing import Listing
 from shards.writing.options import ShardSize, WriteOptions, share
 from shards.writing.parts import Job, work_directory
@@ -59,7 +59,11 @@ def begin(source: Source, out: Path, index: Index, options: WriteOptions, seen: 
     """
     try:
         scanned = _scan(source, out, index, options, seen)
-        planned = [_task(source, out, split, listing, options) for split, listing in scanned.listings.items()]
+        costs = estimates(source, list(scanned.listings.values()), options.seed, options.images)
+        planned = [
+            _task(source, out, split, listing, cost, options)
+            for (split, listing), cost in zip(scanned.listings.items(), costs, strict=True)
+        ]
         finished = tuple(split for task in planned if (split := _finished(index, task)))
         names = {split.name for split in finished}
         tasks = tuple(task for task in planned if task.job.split not in names)
@@ -113,8 +117,7 @@ def _places(out: Path, index: Index, wanted: Sequence[str]) -> Callable[[str], P
     return place
 
 
-def _task(source: Source, out: Path, split: str, listing: Listing, options: WriteOptions) -> Task:
-    cost = estimate(source, listing, options.seed, options.images)
+def _task(source: Source, out: Path, split: str, listing: Listing, cost: Estimate, options: WriteOptions) -> Task:
     num_shards = ShardSize.parse(options.shard_size).num_shards(len(listing), cost.num_bytes)
     job = Job(
         out=out,

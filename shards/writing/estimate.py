@@ -1,6 +1,7 @@
 """What writing a split will cost, from a few of its images."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,6 @@ from shards.errors import UserError
 from shards.images import BadImage, ImageOptions
 from shards.plan import Permutation
 from shards.sources.base import Source
-from shards.tars import ustar
 from shards.writing.listing import Image, Listing
 from shards.writing.sample import encode
 
@@ -22,6 +22,15 @@ class Estimate:
 
     num_bytes: float
     seconds: float
+
+
+def estimates(source: Source, listings: Sequence[Listing], seed: int, options: ImageOptions) -> list[Estimate]:
+    """That of each listing. A source that is read in order gets one for all, of what lies foremost in it: images that
+    lie deep in an archive would cost another pass over it."""
+    if not source.in_order:
+        return [estimate(source, listing, seed, options) for listing in listings]
+    foremost = min(listings, key=lambda listing: int(listing.rows["offset"].min()))
+    return [estimate(source, foremost, seed, options)] * len(listings)
 
 
 def estimate(source: Source, listing: Listing, seed: int, options: ImageOptions) -> Estimate:
@@ -50,8 +59,3 @@ def _some_images(source: Source, listing: Listing, seed: int) -> list[Image]:
     else:
         rows = Permutation(len(listing), seed, "estimate")(np.arange(num))
     return [listing[row] for row in rows.tolist()]
-
-
-def tar_bytes(estimate: Estimate, num_images: int, num_shards: int) -> int:
-    """About the size of a split's tars."""
-    return round(estimate.num_bytes * num_images) + num_shards * len(ustar.END)

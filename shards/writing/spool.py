@@ -118,7 +118,7 @@ def _items(job: Job) -> Iterator[tuple[tuple[int, int], Job, _Place, Image, str]
     listing = Listing(job.work)
     positions = _positions(job)
     finished = {number for number in range(job.num_shards) if read_part(job, number)}
-    for row in np.lexsort((listing.rows["offset"], listing.rows["container"])).tolist():
+    for row in map(int, np.lexsort((listing.rows["offset"], listing.rows["container"]))):
         position = int(positions[row])
         number = job.shard_of(position)
         if number not in finished:

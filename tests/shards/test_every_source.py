@@ -19,7 +19,7 @@ from shards.errors import UserError
 from shards.index import Index
 from shards.sources.kinds import KINDS, Asked, open_source
 from shards.writing.options import WriteOptions
-from shards.writing.writer import write
+from shards.writing.writer import plan, write
 
 ROOT = Path(__file__).parents[2]
 WNIDS = ("n01440764", "n01443537", "n02084071")
@@ -154,6 +154,20 @@ def test_winter21_is_cut_by_the_rule(folder, tmp_path, image):
     assert names.stat().st_mtime_ns == before  # the pass over the names was not made again
     index = Index.load(out)
     assert {split.name: split.num_samples for split in index.splits} == {"train": 451, "val": 50}
+
+
+def test_an_archive_is_not_read_once_more_for_an_estimate(folder, classes, tmp_path):
+    """Of two splits the second lies deep: all are judged by the first, also where the second alone would differ."""
+    archive = tmp_path / "imagenet21k_resized.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, "imagenet21k_train")
+        for file in sorted(folder.glob("*/*")):
+            file.write_bytes(file.read_bytes() + bytes(5000))
+        tar.add(folder, "imagenet21k_val")
+    out = tmp_path / "out"
+    begun = plan(open_source("resized21k", Asked(str(archive), classes), out), out, WriteOptions())
+    assert begun.tasks[0].cost == begun.tasks[1].cost
+    assert begun.tasks[0].cost.num_bytes < 5000
 
 
 def test_resized21k_leaves_the_small_classes(folder, classes, tmp_path):
