@@ -66,6 +66,8 @@ def begin(source: Source, out: Path, index: Index, options: WriteOptions, seen: 
         ]
         finished = tuple(split for task in planned if (split := _finished(index, task)))
         names = {split.name for split in finished}
+        for name in names:  # also where a run was killed between the manifest and this
+            shutil.rmtree(work_directory(out, name))
         tasks = tuple(task for task in planned if task.job.split not in names)
         _check_room(out, tasks)
         for task in tasks:

@@ -176,6 +176,16 @@ def test_a_finished_split_is_left_as_it_is(index, source):
     assert before == {path: path.stat().st_mtime_ns for path in index.root.glob("*[!k]")}
 
 
+def test_what_a_kill_after_the_manifest_leaves_is_removed(index, source, files_of):
+    expected = files_of(index.root)
+    work = index.root / "train.unfinished"
+    work.mkdir()
+    (work / "made_from.json").write_text("{}")
+    (written,) = write_all(ClassFolders(source, "train"), index.root, shard_size="5")
+    assert written.already_complete
+    assert files_of(index.root) == expected
+
+
 def test_a_finished_split_refuses_other_options_and_sources(index, source, written, image):
     text = r"'train' in .* is finished.*\(shards: 5 there, 4 asked; shard size: 5 there, 6 asked; seed: 0 there, 1"
     with pytest.raises(UserError, match=text):
