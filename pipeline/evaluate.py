@@ -8,13 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.augment import normalise
+from pipeline.augment.device import normalise
 from pipeline.backend import Backend
-from pipeline.data import PADDING, Batch
+from pipeline.data.batch import PADDING, UNREADABLE, Batch
 from pipeline.loss import heads_of
 
 Variants = Mapping[str, Callable[[], AbstractContextManager]]
-COUNTS = ("top1", "top5", "loss")
 
 
 @dataclass(frozen=True)
@@ -27,8 +26,9 @@ class Evaluator:
     num_samples: int
 
     def __call__(self, batches: Iterable[Batch]) -> dict[str, float] | None:
-        """{"memory_top1": .., "memory_top5": .., "memory_loss": .., ...}: shares of the split's samples, and the mean
-        cross-entropy of unsmoothed labels; None where a rank was told to stop before the end.
+        """{"memory_top1": .., "memory_top5": .., "memory_loss": .., ..., "unreadable": ..}: shares of the split's samples,
+        and the mean cross-entropy of unsmoothed labels; None where a rank was told to stop before the end. The number
+        of unreadable images: they count as wrong, and are left out of the cross-entropy.
 
         Raises RuntimeError unless exactly `num_samples` samples were counted.
         """
@@ -55,26 +55,30 @@ class Evaluator:
             for name, logits in zip(self.head_names, outputs, strict=True):
                 counts = torch.stack([*_scores(logits.float(), labels)])[:, kept].double().sum(dim=1)
                 totals[prefix + name] = totals.get(prefix + name, 0) + counts
-        totals["samples"] = totals.get("samples", 0) + known.sum().double()
+        unreadable = known & (batch.labels == UNREADABLE).cpu()
+        counted = torch.stack([known.sum(), unreadable.sum()]).double()
+        totals["samples"] = totals.get("samples", 0) + counted
 
     def _reduce(self, totals: dict[str, Tensor]) -> dict[str, float]:
-        names = [name for name in totals if name != "samples"]
-        local = [totals["samples"].item(), *(count for name in names for count in totals[name].tolist())]
-        samples, *sums = self.backend.world.sum(local)
+        counted = totals.pop("samples")
+        local = [*counted.tolist(), *(count for counts in totals.values() for count in counts.tolist())]
+        samples, unreadable, *sums = self.backend.world.sum(local)
         if samples != self.num_samples:
             raise RuntimeError(
                 f"evaluation counted {samples:.0f} samples, but the split holds {self.num_samples}: its figures would "
                 "be wrong; this is a defect of the stream, please report it with the launch command"
             )
-        keys = [f"{name}_{count}" for name in names for count in COUNTS]
-        return {key: total / samples for key, total in zip(keys, sums, strict=True)}
+        counts = {"top1": samples, "top5": samples, "loss": max(1.0, samples - unreadable)}
+        keys = [(f"{name}_{count}", number) for name in totals for count, number in counts.items()]
+        values = {key: total / number for (key, number), total in zip(keys, sums, strict=True)}
+        return values | {"unreadable": unreadable}
 
 
 def _scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Whether the label is first, and among the first five, and its cross-entropy; each float [B]."""
     ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
     hits = (ranked == labels[:, None]).float()
-    return hits[:, 0], hits.sum(dim=1), F.cross_entropy(logits, labels, reduction="none")
+    return hits[:, 0], hits.sum(dim=1), F.cross_entropy(logits, labels, ignore_index=UNREADABLE, reduction="none")
 
 
 def head_names(model: nn.Module) -> tuple[str, ...]:

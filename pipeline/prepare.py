@@ -14,10 +14,16 @@ import torch
 from torch import Tensor, nn
 
 import pipeline.models  # noqa: F401 - registers our models with timm
-from pipeline.augment import EvalTransform, Mixing, TrainTransform
+from pipeline.augment.exact import EvalTransform, TrainTransform
+from pipeline.augment.fast import FastTrainTransform
+from pipeline.augment.mixing import Mixing
 from pipeline.backend import Backend, Criterion, StepOptions, World, wrap
 from pipeline.checkpoint import Checkpoints, read_state
-from pipeline.data import DeviceAugment, Loading, Samples, TrainStream, serve_workers
+from pipeline.data.device import DeviceAugment
+from pipeline.data.loading import Loading, serve_workers
+from pipeline.data.quarantine import Quarantine
+from pipeline.data.samples import Samples
+from pipeline.data.stream import TrainStream
 from pipeline.ema import EMA
 from pipeline.evaluate import Evaluator, Variants, head_names
 from pipeline.loss import SummedOverHeads
@@ -25,10 +31,12 @@ from pipeline.models.load import load_start
 from pipeline.optim import WarmupCosine, adamw
 from pipeline.recipe import Recipe, num_steps, validate
 from pipeline.record import Record, check_same_recipe, keep_recipe
+from shards.budget import Budget
 from shards.errors import UserError
 from shards.index import Index
-from shards.plan import Plan, check_layout
+from shards.plan import GlobalShuffle, Plan, Shuffle, WindowShuffle, check_layout, default_runs
 from shards.reader import Reader
+from shards.store import Store, StoreOptions, open_data
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,7 @@ class Run:
     learner: Learner
     checkpoints: Checkpoints
     record: Record
+    quarantine: Quarantine
     progress: Progress = field(default_factory=Progress)
 
     @property
@@ -107,8 +116,9 @@ def prepare(recipe: Recipe, world: World) -> Run:
     make_deterministic(recipe)
     if recipe.data.workers:
         serve_workers()
-    index = Index.load(recipe.data.path)
-    given = make_input(recipe, index, world)
+    options = StoreOptions(recipe.data.remote, recipe.data.cache, recipe.data.cache_size)
+    index, store = open_data(recipe.data.path, options)
+    given = make_input(recipe, index, store, world)
     schedule, durations = make_schedule(recipe, given.stream.plan.batches_per_epoch)
     run_dir = Path(recipe.run_dir)
     checkpoints = Checkpoints(run_dir / "checkpoints", world, recipe.checkpoint.keep)
@@ -120,7 +130,9 @@ def prepare(recipe: Recipe, world: World) -> Run:
         start_from(model, recipe.model.start, say=world.is_main)
     learner = make_learner(recipe, world, model, schedule, len(given.validation.reader))
     record = Record(run_dir, world.is_main, recipe.data.global_batch)
-    run = Run(recipe, world, durations, given, learner, checkpoints, record)
+    budget = Budget(recipe.data.max_bad).allows(given.stream.plan.num_samples)
+    quarantine = Quarantine(run_dir, world, recipe.data.train, budget)
+    run = Run(recipe, world, durations, given, learner, checkpoints, record, quarantine)
     begin(run, newest)
     if world.is_main:
         keep_recipe(run_dir, recipe)
@@ -133,6 +145,7 @@ def begin(run: Run, newest: Path | None) -> None:
     seed_rank(run, step=0)
     if newest is not None:
         restore(run, newest)
+    run.quarantine.resume(run.progress.start)
     run.learner.backend.warm_up(run.learner.criterion, _blank(run))
 
 
@@ -164,9 +177,9 @@ def seed_rank(run: Run, step: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
 
 
-def make_input(recipe: Recipe, index: Index, world: World) -> Input:
+def make_input(recipe: Recipe, index: Index, store: Store, world: World) -> Input:
     data, augment = recipe.data, recipe.augment
-    transform = TrainTransform(
+    transform = {"exact": TrainTransform, "fast": FastTrainTransform}[augment.decode](
         augment.image_size,
         augment.crop_scale,
         augment.crop_ratio,
@@ -174,13 +187,23 @@ def make_input(recipe: Recipe, index: Index, world: World) -> Input:
         augment.randaugment_ops,
         augment.randaugment_magnitude,
     )
-    train = Samples(Reader(index, data.train), transform, recipe.seed)
-    validation = Samples(Reader(index, data.val), EvalTransform(augment.image_size), recipe.seed)
-    plan = Plan(len(train.reader), index.fingerprint(data.train), recipe.seed, data.global_batch)
+    train = Samples(Reader(index, data.train, store), transform, recipe.seed, substitutes=True)
+    seen_once = EvalTransform(augment.image_size)
+    validation = Samples(Reader(index, data.val, store), seen_once, recipe.seed, substitutes=False)
+    shuffle = make_shuffle(recipe, index)
+    plan = Plan(len(train.reader), index.fingerprint(data.train), recipe.seed, data.global_batch, shuffle)
     stream = TrainStream(train, plan, world, data.accumulation, Loading(data.workers, world.device))
     mixing = Mixing(augment.mixup, augment.cutmix, augment.mixup_alpha)
     on_device = DeviceAugment(index.num_classes, recipe.seed, augment.erasing, mixing)
     return Input(stream, on_device, validation)
+
+
+def make_shuffle(recipe: Recipe, index: Index) -> Shuffle:
+    data = recipe.data
+    if data.shuffle == "global":
+        return GlobalShuffle()
+    shard_sizes = tuple(shard.num_samples for shard in index.split(data.train).shards)
+    return WindowShuffle(shard_sizes, data.runs or default_runs(data.global_batch), data.window)
 
 
 def make_schedule(recipe: Recipe, batches_per_epoch: int) -> tuple[WarmupCosine, Durations]:

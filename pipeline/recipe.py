@@ -9,6 +9,7 @@ from typing import Literal, TypeVar
 
 import tyro
 
+from shards.budget import Budget
 from shards.errors import UserError
 
 T = TypeVar("T")
@@ -18,7 +19,7 @@ UNITS = ("epochs", "steps", "%")
 @dataclass(frozen=True)
 class Data:
     path: str = "data/shards"
-    """Directory of shards with their index, as tools/make_shards.py writes it."""
+    """Directory of shards with their index, as tools/make_shards.py writes it, or its URL (s3://, gs://, hf://, https://)."""
     train: str = "train"
     """Split to train on."""
     val: str = "val"
@@ -29,12 +30,29 @@ class Data:
     """Micro-batches a rank runs forward and backward, one after the other, for one optimizer step."""
     workers: int = 8
     """Processes a rank that read, decode and augment."""
+    shuffle: Literal["global", "window"] = "global"
+    """A true permutation of the split, for storage with random access; or windows of shards, for network storage."""
+    runs: int = 0
+    """Window shuffle: how many places of the split a global batch is drawn from; 0 takes its largest divisor to 64."""
+    window: int = 2048
+    """Window shuffle: about how many samples of a run are shuffled together."""
+    max_bad: str = "0.01%"
+    """Samples of the training split that may be unreadable before the run stops: a count, or a share as in 0.01%."""
+    remote: Literal["cache", "range"] = "cache"
+    """Data at a URL: whole shards on a local disk, or a range read a sample."""
+    cache: str = "~/.cache/vittm-pipeline"
+    """Directory on a local disk for what is fetched from a URL; all processes of a machine share it."""
+    cache_size: str = "100GB"
+    """Most bytes of shards in the cache."""
 
 
 @dataclass(frozen=True)
 class Augment:
     image_size: int = 224
     """Side of the square image that enters the model, in pixels."""
+    decode: Literal["exact", "fast"] = "exact"
+    """Training images through Pillow and torchvision, or through crop decoding and uint8 arrays: the same to within a
+    few levels, see the README."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Range of the crop's share of the image area."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -252,10 +270,17 @@ def _duration_errors(recipe: Recipe) -> list[str]:
 
 def _range_errors(recipe: Recipe) -> list[str]:
     leaves = flatten(recipe)
-    positive = ("data.global_batch", "data.accumulation", "augment.image_size", "evaluation.batch", "checkpoint.keep")
+    positive = (
+        "data.global_batch",
+        "data.window",
+        "data.accumulation",
+        "augment.image_size",
+        "evaluation.batch",
+        "checkpoint.keep",
+    )
     shares = ("augment.hflip", "augment.erasing", "ema_decay")
     rates = ("schedule.lr", "schedule.warmup_lr", "schedule.min_lr", "optimizer.weight_decay", "optimizer.clip_norm")
-    counts = ("data.workers", "runtime.processes", "augment.randaugment_ops")
+    counts = ("data.workers", "data.runs", "runtime.processes", "augment.randaugment_ops")
     limits = [
         *((name, 1, float("inf")) for name in positive),
         *((name, 0, 1) for name in shares),
@@ -269,6 +294,10 @@ def _range_errors(recipe: Recipe) -> list[str]:
     ]
     spans = {"augment.crop_scale": recipe.augment.crop_scale, "augment.crop_ratio": recipe.augment.crop_ratio}
     found += [f"{name} {span}: must be 0 < low <= high" for name, span in spans.items() if not 0 < span[0] <= span[1]]
+    try:
+        Budget(recipe.data.max_bad)
+    except UserError as error:
+        found.append(f"data.max_bad: {error}")
     if (recipe.augment.mixup or recipe.augment.cutmix) and recipe.augment.mixup_alpha <= 0:
         found.append(f"augment.mixup_alpha {recipe.augment.mixup_alpha}: must be above 0 while mixup or cutmix is on")
     return found

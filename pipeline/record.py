@@ -24,7 +24,10 @@ MAY_CHANGE = (
     "run_dir",
     "checkpoint.",
     "data.path",
+    "data.remote",
+    "data.cache",
     "data.workers",
+    "data.max_bad",
     "data.accumulation",
     "evaluation.batch",
     "runtime.device",
@@ -115,6 +118,8 @@ class Record:
         if self.is_main:
             self._write({"step": step, "split": split, **values})
             brief = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name.endswith("top1"))
+            if values["unreadable"]:
+                brief += f"  ({values['unreadable']:.0f} images are unreadable and count as wrong: quarantine.jsonl)"
             self._bar.write(f"step {step}  {split}: {brief}")
 
     def flush(self) -> None:

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from safetensors.torch import save as as_safetensors
 
 from pipeline.backend import Stepped, World, start
-from pipeline.data import evaluation_batches
+from pipeline.data.batch import Batch
+from pipeline.data.stream import evaluation_batches
 from pipeline.prepare import Run, prepare
 from pipeline.recipe import Recipe, Runtime, flatten
 from pipeline.record import forget_outcome, last_step, read_outcome, write_outcome
@@ -65,6 +66,8 @@ def train(run: Run) -> str:
         for step in range(start, total):
             with run.record.meter.waiting():
                 micro_batches = next(batches)
+            for batch in micro_batches:
+                note(run, batch, step + 1)
             learner.backend.set_lr(learner.schedule(step))
             stepped = learner.backend.step(learner.criterion, [run.input.augment(batch) for batch in micro_batches])
             if learner.ema:
@@ -73,7 +76,9 @@ def train(run: Run) -> str:
             run.record.step(done)
             if due(done, every.log, total):
                 log(run, done, stepped)
-            stopping = run.world.should_stop()
+            stopping, num_bad = run.world.poll(run.quarantine.num_new)
+            if num_bad:
+                run.quarantine.share()
             saving, evaluating = due(done, every.save, total), due(done, every.evaluate, total)
             if stopping or saving or evaluating:
                 finite_loss(run, done, stepped)
@@ -121,10 +126,20 @@ def evaluate(run: Run, done: int) -> bool:
     """Evaluates into the record; False where a rank was told to stop before the end of it."""
     samples, batch, loading = run.input.validation, run.recipe.evaluation.batch, run.input.stream.loading
     with run.record.meter.paused(), evaluation_batches(samples, batch, run.world, loading) as batches:
-        values = run.learner.evaluator(run.record.watch(batches, len(samples.reader) / run.world.size / batch))
-    if values is not None:
-        run.record.evaluation(done, run.recipe.data.val, values)
-    return values is not None
+        noted = (note(run, batch, done) for batch in batches)
+        values = run.learner.evaluator(run.record.watch(noted, len(samples.reader) / run.world.size / batch))
+    if values is None:
+        return False
+    if run.world.poll(run.quarantine.num_new)[1]:
+        run.quarantine.share()
+    run.record.evaluation(done, run.recipe.data.val, values)
+    return True
+
+
+def note(run: Run, batch: Batch, step: int) -> Batch:
+    """The batch, once its bad samples are in the quarantine."""
+    run.quarantine.note(batch.bad, step)
+    return batch
 
 
 def save(run: Run, done: int) -> None:

@@ -163,29 +163,22 @@ def _encode_with_opencv(pixels: Pixels, quality: int, interval: int) -> bytes:
 def check_libraries() -> None:
     """UserError where resizing cannot be done."""
     _simplejpeg()
-    _cv2()
 
 
 def _simplejpeg() -> ModuleType:
     try:
         import simplejpeg
     except ImportError as error:
-        raise _missing("simplejpeg", error) from error
+        raise UserError(
+            f"resizing images needs the package simplejpeg ({error}): pip install 'vittm-pipeline[data]', or resize none"
+        ) from error
     return simplejpeg
 
 
 @cache
 def _cv2() -> ModuleType:
-    try:
-        import cv2
-    except ImportError as error:
-        raise _missing("opencv-python-headless", error) from error
+    import cv2
+
     # Shards are made by many processes; each of them with a thread a core would only get in each other's way.
     cv2.setNumThreads(1)
     return cv2
-
-
-def _missing(package: str, error: ImportError) -> UserError:
-    return UserError(
-        f"resizing images needs the package {package} ({error}): pip install 'vittm-pipeline[data]', or resize none"
-    )

@@ -1,79 +1,107 @@
 """Sample ids to decoded samples, by positional reads; every way a sample can be bad becomes a BadSample here."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from shards.errors import UserError
-from shards.files import OpenFiles
 from shards.index import Index
+from shards.store import LocalStore, Store, StoreError
 from shards.tars import ustar
 
 T = TypeVar("T")
+MAX_SAMPLE_BYTES = 1 << 28  # an index from elsewhere must not make a worker allocate gigabytes
 
 
 class BadSample(UserError):
-    """A sample that cannot be read or decoded, or has no valid label; the message says which, why and what to do.
+    """A sample that cannot be read or decoded, or has no valid label.
 
-    It is made from its message alone, so that it crosses the process boundary of a DataLoader worker.
+    `shard`: where the tar lies. `key`: "" where it cannot be read. `reason`: what the reader or decoder said. It crosses
+    process boundaries whole.
     """
+
+    def __init__(self, shard: str, key: str, sample: int, split: str, reason: str) -> None:
+        self.shard, self.key, self.sample, self.split, self.reason = shard, key, sample, split, reason
+        super().__init__(
+            f"bad sample in {shard}: key {repr(key) if key else 'unreadable'}, sample {sample} of split {split!r}: {reason}. "
+            "Copy the shard again, or rewrite the split with tools/make_shards.py."
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BadSample, (self.shard, self.key, self.sample, self.split, self.reason)
 
 
 class Reader:
     """Random access to the samples of a split. One a process and thread; it may be pickled, and used after a fork."""
 
-    def __init__(self, index: Index, split: str) -> None:
-        self._index, self._name = index, split
+    def __init__(self, index: Index, split: str, store: Store | None = None) -> None:
+        self._index, self.split = index, split
+        self.store = store or LocalStore(index.root)
         shards = index.split(split).shards
-        self._paths = [index.root / shard.name for shard in shards]
+        self._names = [shard.name for shard in shards]
         self._ends = np.cumsum([shard.num_samples for shard in shards])
         self._offsets = index.offsets(split)
-        self._files = OpenFiles()
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The offsets are mapped again, not copied.
-        return Reader, (self._index, self._name)
+        return Reader, (self._index, self.split, self.store)
 
     def __len__(self) -> int:
         return len(self._offsets)
 
     def read(self, sample_id: int, decode: Callable[[bytes], T]) -> tuple[T, int]:
-        """`decode` of the image's bytes, and its label. BadSample where that fails; IndexError outside [0, len)."""
-        path, row = self._locate(sample_id)
+        """`decode` of the image's bytes, and its label.
+
+        BadSample where that fails, StoreError where the store does not answer, IndexError outside [0, len).
+        """
+        name, row = self._locate(sample_id)
         label = int(row["label"])
         try:
-            data = self._files.read(path, int(row["offset"]), int(row["size"]))
+            data = self._image(name, int(row["offset"]), int(row["size"]))
             if not 0 <= label < self._index.num_classes:
                 raise ValueError(f"label {label} is not in [0, {self._index.num_classes})")
             return decode(data), label
+        except StoreError:
+            raise
         except Exception as error:  # a decoder may raise anything
             raise self._bad_sample(sample_id, error) from error
 
     def key(self, sample_id: int) -> str:
-        """The sample's key, from the tar header before its image. BadSample where it cannot be read."""
-        path, row = self._locate(sample_id)
+        """The sample's key, from the tar header before its image; "" where it cannot be read."""
+        name, row = self._locate(sample_id)
         try:
-            header = self._files.read(path, int(row["offset"]) - ustar.BLOCK, ustar.BLOCK)
-        except (OSError, OverflowError) as error:  # the latter from offsets that are nonsense
-            raise BadSample(f"{path}: the header of sample {sample_id} cannot be read ({error})") from error
-        directory, slash, name = ustar.member_name(header).rpartition("/")
-        return directory + slash + name.split(".", 1)[0]
+            header = self.store.read(name, int(row["offset"]) - ustar.BLOCK, ustar.BLOCK)
+        except (OSError, OverflowError):  # the latter from offsets that are nonsense
+            return ""
+        directory, slash, file = ustar.member_name(header).rpartition("/")
+        return directory + slash + file.split(".", 1)[0]
 
-    def _locate(self, sample_id: int) -> tuple[Path, np.void]:
+    def shards_of(self, sample_ids: np.ndarray) -> list[str]:
+        """The names of the shards that hold the samples, each once, in the order of their first."""
+        numbers = np.searchsorted(self._ends, sample_ids, side="right")
+        return [self._names[number] for number in dict.fromkeys(numbers.tolist())]
+
+    def _image(self, name: str, offset: int, size: int) -> bytes:
+        """A member's data, read with its header: an offset into another tar than the indexed one is found out."""
+        if size > MAX_SAMPLE_BYTES:
+            raise ValueError(f"the index gives it {size} bytes, and {MAX_SAMPLE_BYTES} are the most")
+        member = self.store.read(name, offset - ustar.BLOCK, ustar.BLOCK + size)
+        try:
+            found = ustar.member_size(member)
+        except ValueError:
+            found = -1
+        if found != size:
+            raise ValueError(f"no file of {size} bytes begins at offset {offset}: the shard is not the indexed one")
+        return member[ustar.BLOCK :]
+
+    def _locate(self, sample_id: int) -> tuple[str, np.void]:
         if not 0 <= sample_id < len(self):
-            raise IndexError(f"sample {sample_id} of split {self._name!r}, which has {len(self)}")
+            raise IndexError(f"sample {sample_id} of split {self.split!r}, which has {len(self)}")
         shard = int(np.searchsorted(self._ends, sample_id, side="right"))
-        return self._paths[shard], self._offsets[sample_id]
+        return self._names[shard], self._offsets[sample_id]
 
     def _bad_sample(self, sample_id: int, error: Exception) -> BadSample:
-        path, _ = self._locate(sample_id)
-        try:
-            key = repr(self.key(sample_id))
-        except BadSample:
-            key = "unreadable"
-        return BadSample(
-            f"bad sample in {path}: key {key}, sample {sample_id} of split {self._name!r}: "
-            f"{type(error).__name__}: {error}. Copy the shard again, or rewrite the split with tools/make_shards.py."
-        )
+        name, _ = self._locate(sample_id)
+        reason = f"{type(error).__name__}: {error}"
+        return BadSample(self.store.where(name), self.key(sample_id), sample_id, self.split, reason)

@@ -11,8 +11,11 @@ from torchvision import transforms
 from torchvision.transforms import functional as F
 from torchvision.transforms import v2
 
-from pipeline import augment
-from pipeline.augment import Box, EvalTransform, Mix, Mixing, TrainTransform
+from pipeline.augment import choices, device, exact
+from pipeline.augment import choices, device, exact, mixing
+from pipeline.augment.exact import EvalTransform, TrainTransform
+from pipeline.augment.mixing import Mix, Mixing
+from shards.crop import Box
 from shards.errors import UserError
 
 
@@ -67,8 +70,8 @@ def attempts_then_position(draws, is_last):
 @pytest.mark.parametrize("shape", [(375, 500), (500, 333), (32, 32), (20, 900), (900, 20)])
 def test_crop_boxes_are_torchvisions(shape, feed):
     scale, ratio = (0.08, 1.0), (3 / 4, 4 / 3)
-    for draws in np.random.default_rng(1).random((60, augment.CROP_DRAWS)):
-        box = augment.crop_box(draws, *shape, scale, ratio)
+    for draws in np.random.default_rng(1).random((60, choices.CROP_DRAWS)):
+        box = choices.crop_box(draws, *shape, scale, ratio)
 
         def fits(pair):
             area = shape[0] * shape[1] * (scale[0] + (scale[1] - scale[0]) * pair[0])
@@ -80,47 +83,49 @@ def test_crop_boxes_are_torchvisions(shape, feed):
 
 
 def test_crop_falls_back_to_the_centre():
-    draws = np.full(augment.CROP_DRAWS, 0.999)  # nearly the whole area: too wide for a narrow image
-    assert augment.crop_box(draws, 90, 10, (0.9, 1.0), (3 / 4, 4 / 3)) == Box(38, 0, 13, 10)
-    assert augment.crop_box(draws, 10, 90, (0.9, 1.0), (3 / 4, 4 / 3)) == Box(0, 38, 10, 13)
+    draws = np.full(choices.CROP_DRAWS, 0.999)  # nearly the whole area: too wide for a narrow image
+    assert choices.crop_box(draws, 90, 10, (0.9, 1.0), (3 / 4, 4 / 3)) == Box(38, 0, 13, 10)
+    assert choices.crop_box(draws, 10, 90, (0.9, 1.0), (3 / 4, 4 / 3)) == Box(0, 38, 10, 13)
 
 
 @pytest.mark.parametrize("flip_draw", [0.49, 0.51])
 def test_crop_and_flip_give_torchvisions_pixels(photo, flip_draw):
     transform = TrainTransform(48)
     draws = np.random.default_rng(2).random(transform.num_draws)
-    draws[augment.CROP_DRAWS] = flip_draw
-    box = augment.crop_box(draws[: augment.CROP_DRAWS], 70, 90, transform.crop_scale, transform.crop_ratio)
+    draws[choices.CROP_DRAWS] = flip_draw
+    box = choices.crop_box(draws[: choices.CROP_DRAWS], 70, 90, transform.crop_scale, transform.crop_ratio)
     expected = F.resized_crop(photo, *box, [48, 48], antialias=True)
     expected = F.hflip(expected) if flip_draw < 0.5 else expected
     result = transform(png(photo), draws)
     assert result.dtype == np.uint8
-    assert result.shape == (3, 48, 48)
-    np.testing.assert_array_equal(result, chw(expected))
+    assert result.shape == (48, 48, 3)
+    np.testing.assert_array_equal(result, np.asarray(expected))
 
 
 @pytest.mark.parametrize("magnitude", [0, 15, 20, 30])
 def test_each_randaugment_operation_is_torchvisions(photo, feed, magnitude):
     transform = TrainTransform(40, crop_scale=(1.0, 1.0), hflip=0.0, randaugment_ops=1, randaugment_magnitude=magnitude)
     draws = np.full(transform.num_draws, 0.5)
-    box = augment.crop_box(draws[: augment.CROP_DRAWS], 70, 90, transform.crop_scale, transform.crop_ratio)
+    box = choices.crop_box(draws[: choices.CROP_DRAWS], 70, 90, transform.crop_scale, transform.crop_ratio)
     cropped = F.resized_crop(photo, *box, [40, 40])
-    operations = augment.randaugment_operations(40, magnitude)
+    operations = choices.randaugment_operations(40, magnitude)
     assert len(operations) == 14
     for index, sign_draw in itertools.product(range(14), (0.2, 0.7)):
         draws[-2:] = (index + 0.5) / 14, sign_draw
         feed(draws[-2:])
         expected = transforms.RandAugment(num_ops=1, magnitude=magnitude)(cropped)
-        np.testing.assert_array_equal(transform(png(photo), draws), chw(expected), err_msg=operations[index].name)
+        np.testing.assert_array_equal(
+            transform(png(photo), draws), np.asarray(expected), err_msg=operations[index].name
+        )
 
 
 def test_randaugment_operations_follow_each_other(photo):
-    names = [operation.name for operation in augment.randaugment_operations(32, 30)]
+    names = [operation.name for operation in choices.randaugment_operations(32, 30)]
     posterize, solarize = names.index("Posterize"), names.index("Solarize")
     transform = TrainTransform(32, hflip=0.0, randaugment_ops=2, randaugment_magnitude=30)
     draws = np.full(transform.num_draws, 0.5)
     draws[-4:] = (posterize + 0.5) / 14, 0.0, (solarize + 0.5) / 14, 0.0
-    plain = TrainTransform(32, hflip=0.0)(png(photo), draws[: augment.CROP_DRAWS + 1])
+    plain = TrainTransform(32, hflip=0.0)(png(photo), draws[: choices.CROP_DRAWS + 1])
     np.testing.assert_array_equal(transform(png(photo), draws), 255 - (plain & 0b11110000))
 
 
@@ -145,12 +150,12 @@ def test_eval_transform_is_torchvisions(photo, image_size, shorter):
     expected = transforms.Compose(
         [transforms.Resize(shorter, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(image_size)]
     )(photo)
-    np.testing.assert_array_equal(EvalTransform(image_size)(png(photo)), chw(expected))
+    np.testing.assert_array_equal(EvalTransform(image_size)(png(photo)), np.asarray(expected))
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "1"])
 def test_other_modes_become_rgb(photo, mode):
-    image = augment.decode(png(photo.convert(mode)))
+    image = exact.decode(png(photo.convert(mode)))
     assert image.mode == "RGB"
     np.testing.assert_array_equal(np.asarray(image), np.asarray(photo.convert(mode).convert("RGB")))
 
@@ -158,28 +163,28 @@ def test_other_modes_become_rgb(photo, mode):
 def test_palette_with_transparency_becomes_rgb_without_a_warning(photo, recwarn):
     palette, buffer = photo.convert("P"), io.BytesIO()
     palette.save(buffer, "png", transparency=bytes([0, 128]))
-    np.testing.assert_array_equal(np.asarray(augment.decode(buffer.getvalue())), np.asarray(palette.convert("RGB")))
+    np.testing.assert_array_equal(np.asarray(exact.decode(buffer.getvalue())), np.asarray(palette.convert("RGB")))
     assert not recwarn.list
 
 
 def test_cmyk_jpeg_becomes_rgb(photo):
     buffer = io.BytesIO()
     photo.convert("CMYK").save(buffer, "jpeg", quality=95)
-    difference = chw(augment.decode(buffer.getvalue())).astype(int) - chw(photo)
+    difference = chw(exact.decode(buffer.getvalue())).astype(int) - chw(photo)
     assert np.abs(difference).mean() < 10
 
 
 def test_16_bit_grey_keeps_its_high_byte():
     grey = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1024
     expected = np.repeat((grey >> 8).astype(np.uint8)[None], 3, axis=0)
-    np.testing.assert_array_equal(chw(augment.decode(png(Image.fromarray(grey)))), expected)
+    np.testing.assert_array_equal(chw(exact.decode(png(Image.fromarray(grey)))), expected)
 
 
 def test_undecodable_bytes_raise(photo):
     with pytest.raises(ValueError, match="cannot decode an image from 9 bytes: cannot identify image file"):
-        augment.decode(b"not a jpg")
+        exact.decode(b"not a jpg")
     with pytest.raises(ValueError, match=r"cannot decode an image from \d+ bytes"):
-        TrainTransform(32)(png(photo)[:-2000], np.zeros(augment.CROP_DRAWS + 1))
+        TrainTransform(32)(png(photo)[:-2000], np.zeros(choices.CROP_DRAWS + 1))
     with pytest.raises(ValueError, match="cannot decode"):
         EvalTransform(32)(b"")
 
@@ -189,14 +194,14 @@ def test_undecodable_bytes_raise(photo):
 
 def test_normalise_is_torchvisions():
     images = torch.arange(256, dtype=torch.uint8).repeat(12).view(2, 3, 16, 32)
-    expected = F.normalize(images.float() / 255, augment.IMAGENET_MEAN, augment.IMAGENET_STD)
-    assert torch.equal(augment.normalise(images), expected)
-    assert augment.normalise(torch.zeros(1, 3, 1, 1, dtype=torch.uint8))[0, 0, 0, 0] == pytest.approx(-0.485 / 0.229)
+    expected = F.normalize(images.float() / 255, device.IMAGENET_MEAN, device.IMAGENET_STD)
+    assert torch.equal(device.normalise(images), expected)
+    assert device.normalise(torch.zeros(1, 3, 1, 1, dtype=torch.uint8))[0, 0, 0, 0] == pytest.approx(-0.485 / 0.229)
 
 
 def test_erasing_boxes_are_torchvisions(feed):
-    draws = np.random.default_rng(4).random((200, augment.ERASING_DRAWS))
-    boxes = augment.erasing_boxes(torch.from_numpy(draws), 1.0, 40, 60)
+    draws = np.random.default_rng(4).random((200, device.ERASING_DRAWS))
+    boxes = device.erasing_boxes(torch.from_numpy(draws), 1.0, 40, 60)
 
     def fits(pair):
         area, aspect = 2400 * (0.02 + 0.31 * pair[0]), np.exp(np.log(0.3) + np.log(11.0) * pair[1])
@@ -209,8 +214,8 @@ def test_erasing_boxes_are_torchvisions(feed):
 
 
 def test_erasing_boxes_lie_inside_and_come_as_often_as_asked():
-    draws = torch.from_numpy(np.random.default_rng(5).random((20_000, augment.ERASING_DRAWS)))
-    boxes = augment.erasing_boxes(draws, 0.25, 32, 32)
+    draws = torch.from_numpy(np.random.default_rng(5).random((20_000, device.ERASING_DRAWS)))
+    boxes = device.erasing_boxes(draws, 0.25, 32, 32)
     top, left, height, width = boxes.unbind(1)
     erased = height > 0
     assert erased.float().mean() == pytest.approx(0.25, abs=0.01)
@@ -219,12 +224,12 @@ def test_erasing_boxes_lie_inside_and_come_as_often_as_asked():
     assert (left + width <= 32).all()
     assert not boxes[~erased].any()
     assert (height * width)[erased].float().mean() / 1024 == pytest.approx(0.175, abs=0.01)
-    assert torch.equal(boxes[100:200], augment.erasing_boxes(draws[100:200], 0.25, 32, 32))
+    assert torch.equal(boxes[100:200], device.erasing_boxes(draws[100:200], 0.25, 32, 32))
 
 
 def test_erasing_gives_up_after_ten_tries():
-    draws = torch.full((1, augment.ERASING_DRAWS), 0.999, dtype=torch.float64)  # a third of the area, 3.3 high to 1
-    assert augment.erasing_boxes(draws, 1.0, 16, 64).tolist() == [[0, 0, 0, 0]]
+    draws = torch.full((1, device.ERASING_DRAWS), 0.999, dtype=torch.float64)  # a third of the area, 3.3 high to 1
+    assert device.erasing_boxes(draws, 1.0, 16, 64).tolist() == [[0, 0, 0, 0]]
 
 
 def test_erase_zeroes_each_samples_own_box():
@@ -233,7 +238,7 @@ def test_erase_zeroes_each_samples_own_box():
     expected = images.clone()
     expected[0, :, 1:4, 2:6] = 0
     expected[2, :, 5:8, 0:10] = 0
-    assert torch.equal(augment.erase(images, boxes), expected)
+    assert torch.equal(device.erase(images, boxes), expected)
 
 
 # --- mixing
@@ -243,11 +248,11 @@ def test_erase_zeroes_each_samples_own_box():
 def batch():
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(8, 3, 12, 16, generator=generator)
-    return images, augment.one_hot(torch.randint(5, (8,), generator=generator), 5)
+    return images, device.one_hot(torch.randint(5, (8,), generator=generator), 5)
 
 
 def test_one_hot():
-    assert augment.one_hot(torch.tensor([2, 0]), 3).tolist() == [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
+    assert device.one_hot(torch.tensor([2, 0]), 3).tolist() == [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
 
 
 @pytest.mark.parametrize("mix", [Mix("mixup", 0.3), Mix("cutmix", 1 - 12 / 192, Box(2, 3, 3, 4)), Mix()])
@@ -287,7 +292,7 @@ def test_cutmix_lambda_is_the_area_kept():
 def test_cutmix_box_is_torchvisions(feed):
     theirs = v2.CutMix(num_classes=2)
     for lam, (row, column) in zip(np.linspace(0, 0.99, 40), np.random.default_rng(6).random((40, 2)), strict=True):
-        ours = augment._cutmix(lam, np.array([row, column]), 20, 30)
+        ours = mixing._cutmix(lam, np.array([row, column]), 20, 30)
         feed([column, row])
         theirs._dist = type("Fixed", (), {"sample": lambda self, shape, lam=lam: torch.tensor(lam)})()
         params = theirs.make_params([torch.empty(2, 3, 20, 30)])

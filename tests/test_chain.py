@@ -58,7 +58,7 @@ def test_what_a_run_leaves_behind(start, small, tmp_path):
     assert set(steps[0]) == {"step", "epoch", "loss", "lr", "grad_norm", "images_per_second", "data_wait"}
     heads = [prefix + head for prefix in ("", "ema_") for head in ("memory", "process")]
     counts = {f"{head}_{count}" for head in heads for count in ("top1", "top5", "loss")}
-    assert set(evaluations[0]) == {"step", "split"} | counts
+    assert set(evaluations[0]) == {"step", "split", "unreadable"} | counts
     outcome = json.loads((tmp_path / "outcome.json").read_text())
     assert (outcome["outcome"], outcome["step"], outcome["images"]) == ("done", 8, 8 * 16)
     assert json.loads((tmp_path / "recipe.json").read_text())["model.embed_dim"] == 24

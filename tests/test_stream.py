@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.augment import Mixing
+from pipeline.augment.mixing import Mixing
 from pipeline.backend.world import World
-from pipeline.data import PADDING, DeviceAugment, Loading, TrainStream, evaluation_batches
+from pipeline.data.batch import PADDING
+from pipeline.data.device import DeviceAugment
+from pipeline.data.loading import Loading
+from pipeline.data.stream import TrainStream, evaluation_batches
 from pipeline.prepare import make_input
 from pipeline.recipe import Augment, Data, Recipe
 from shards.errors import UserError
-from shards.index import Index
+from shards.store import open_data
 
 CPU = torch.device("cpu")
 BATCH, STEPS = 16, 7  # 80 samples make 5 batches an epoch, so these reach into a second one
@@ -35,7 +38,7 @@ def stream_of(recipe):
     """stream_of(rank, size, accumulation, workers)"""
 
     def make(rank: int = 0, size: int = 1, accumulation: int = 1, workers: int = 0) -> TrainStream:
-        stream = make_input(recipe, Index.load(recipe.data.path), rank_of(rank, size)).stream
+        stream = make_input(recipe, *open_data(recipe.data.path), rank_of(rank, size)).stream
         return TrainStream(stream.samples, stream.plan, rank_of(rank, size), accumulation, Loading(workers, CPU))
 
     return make
@@ -108,6 +111,7 @@ def test_a_state_of_other_data_is_refused(stream_of):
         "global_batch": BATCH,
         "epoch": 1,
         "batches": 2,
+        "shuffle": "global",
     }
     for name, other in (("fingerprint", "0123"), ("global_batch", 32), ("seed", 6)):
         with pytest.raises(UserError, match=rf"ckpt was made with the data's {name} {other}, but it is .* now"):
@@ -119,7 +123,7 @@ def test_a_state_of_other_data_is_refused(stream_of):
 def test_evaluation_sees_every_sample_once(recipe, size, batch):
     found, counts = [], set()
     for rank in range(size):
-        validation = make_input(recipe, Index.load(recipe.data.path), rank_of(rank, size)).validation
+        validation = make_input(recipe, *open_data(recipe.data.path), rank_of(rank, size)).validation
         with evaluation_batches(validation, batch, rank_of(rank, size), Loading(0, CPU)) as batches:
             ids = [part.ids.numpy() for part in batches]
         counts.add((len(ids), *(len(part) for part in ids)))

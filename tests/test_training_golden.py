@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.augment import normalise, one_hot
+from pipeline.augment.device import normalise, one_hot
 from pipeline.backend import StepOptions, wrap
 from pipeline.ema import EMA
 from pipeline.loss import SummedOverHeads

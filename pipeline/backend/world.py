@@ -61,7 +61,12 @@ class World:
 
     def should_stop(self) -> bool:
         """Whether any rank was signalled to stop; the same answer on every rank."""
-        return self.sum([float(self.stop.raised)])[0] > 0
+        return self.poll(0)[0]
+
+    def poll(self, count: int) -> tuple[bool, int]:
+        """Whether any rank was signalled to stop, and the sum of all ranks' `count`; the same on every rank."""
+        signalled, total = self.sum([float(self.stop.raised), float(count)])
+        return signalled > 0, int(total)
 
 
 class StopFlag:

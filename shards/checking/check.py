@@ -26,7 +26,7 @@ from shards.engine import Advance, Engine
 from shards.errors import UserError
 from shards.files import has_sha256
 from shards.index import MANIFEST, Index, Split
-from shards.plan import Permutation
+from shards.keyed import Permutation
 from shards.progress import Progress
 from shards.tars.in_place import IN_PLACE
 

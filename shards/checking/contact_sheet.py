@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from shards.durable import atomic_file
 from shards.images import read_header
 from shards.index import Index
-from shards.plan import Permutation
+from shards.keyed import Permutation
 from shards.raster import decode
 from shards.reader import BadSample, Reader
 
@@ -63,20 +63,13 @@ def _cell(reader: Reader, sample: int, classes: Sequence[str], split: str, font:
         draw.rectangle((0, 0, _SIDE - 1, _SIDE - 1), fill=_RED)
         text = "unreadable"
     draw.text((0, _SIDE), _fitting(text, font), _BLACK, font)
-    draw.text((0, _SIDE + _LINE), _fitting(f"{split}: {_key(reader, sample)}", font), _GREY, font)
+    draw.text((0, _SIDE + _LINE), _fitting(f"{split}: {reader.key(sample) or f'sample {sample}'}", font), _GREY, font)
     return cell
 
 
 def _thumbnail(data: bytes) -> Image.Image:
     image = Image.fromarray(decode(data, read_header(data).field))
     return ImageOps.contain(image, (_SIDE, _SIDE))
-
-
-def _key(reader: Reader, sample: int) -> str:
-    try:
-        return reader.key(sample)
-    except BadSample:
-        return f"sample {sample}"
 
 
 def _fitting(text: str, font: Font) -> str:

@@ -26,6 +26,11 @@ def member_name(header: bytes) -> str:
     return header[:MAX_NAME_BYTES].split(b"\0", 1)[0].decode("utf-8", "replace")
 
 
+def member_size(header: bytes) -> int:
+    """The size of the content in a header block [512]; ValueError where it states none that is below 8 GiB."""
+    return int(header[124:136].strip(b"\0 "), 8)
+
+
 def _header(name: str, size: int) -> bytes:
     encoded, digits = name.encode(), b"%011o" % size
     if len(encoded) > MAX_NAME_BYTES or size > _MAX_SIZE:

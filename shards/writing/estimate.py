@@ -8,7 +8,7 @@ import numpy as np
 
 from shards.errors import UserError
 from shards.images import BadImage, ImageOptions
-from shards.plan import Permutation
+from shards.keyed import Permutation
 from shards.sources.base import Source
 from shards.writing.listing import Image, Listing
 from shards.writing.sample import encode

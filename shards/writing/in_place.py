@@ -8,7 +8,7 @@ import numpy as np
 
 from shards.engine import Advance
 from shards.images import BadImage
-from shards.plan import Permutation
+from shards.keyed import Permutation
 from shards.sources.base import Rejected
 from shards.writing.listing import Listing
 from shards.writing.parts import Job, Part, write_part

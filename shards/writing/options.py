@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
+from shards.budget import Budget, share
 from shards.errors import UserError
 from shards.images import ImageOptions
 
@@ -29,30 +30,6 @@ class ShardSize:
         """The fewest shards, at least one, that are not larger on average."""
         total = num_images * bytes_an_image if self.in_bytes else num_images
         return min(num_images, max(1, -int(-total // self.amount)))
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How many of the source's files may be left out: a count, or a share of them."""
-
-    text: str = "0.01%"
-
-    def __post_init__(self) -> None:
-        self.allows(0)
-
-    def allows(self, num_images: int) -> int:
-        """The number of files, rounded down; UserError for a text that is no budget."""
-        if re.fullmatch(r"\d+", self.text):
-            return int(self.text)
-        return int(share(self.text, "a budget of bad files") * num_images)
-
-
-def share(text: str, what: str) -> float:
-    """`1%` as 0.01; UserError where it is not a percentage in [0, 100]."""
-    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)%", text)
-    if not match or float(match[1]) > 100:
-        raise UserError(f"{what} of {text!r}: give a percentage from 0% to 100%, as in 1%")
-    return float(match[1]) / 100
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from shards.classes import check_classes
 from shards.errors import UserError
-from shards.plan import Permutation
+from shards.keyed import Permutation
 from shards.sources.base import PRule, Rejected, Source, sample_key
 from shards.writing.collect import Collector, Found
 from shards.writing.listing import Listing, Table, write_head

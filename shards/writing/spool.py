@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from shards.durable import atomic_file, explained, sync_directory
 from shards.engine import Advance, Engine
 from shards.images import BadImage, ImageOptions
-from shards.plan import Permutation
+from shards.keyed import Permutation
 from shards.sources.base import Rejected
 from shards.writing.listing import Image, Listing
 from shards.writing.parts import Job, Part, read_part, write_part

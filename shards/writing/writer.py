@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from shards.budget import Budget
 from shards.durable import atomic_file, explained, locked
 from shards.engine import Engine
 from shards.errors import UserError
@@ -24,7 +25,7 @@ from shards.progress import Progress
 from shards.sources.base import Rejected, Source
 from shards.writing.begin import SCRATCH, Begun, Task, begin, existing_index, remove_temporaries
 from shards.writing.in_place import write_shard
-from shards.writing.options import Budget, WriteOptions
+from shards.writing.options import WriteOptions
 from shards.writing.parts import forget_losses, offsets_path, read_part
 from shards.writing.sidecars import write_sidecars
 from shards.writing.spool import fill_spools, shuffle_spool

@@ -578,8 +578,7 @@ except Exception as error:
 """
 
 
-@pytest.mark.parametrize(("module", "package"), [("cv2", "opencv-python-headless"), ("simplejpeg", "simplejpeg")])
-def test_a_missing_library(module, package):
-    done = subprocess.run([sys.executable, "-c", WITHOUT, module], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith(f"UserError resizing images needs the package {package} (")
+def test_a_missing_library():
+    done = subprocess.run([sys.executable, "-c", WITHOUT, "simplejpeg"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("UserError resizing images needs the package simplejpeg (")
     assert done.stdout.endswith("pip install 'vittm-pipeline[data]', or resize none\n")

@@ -8,15 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shards.errors import UserError
+from shards.keyed import Permutation, uniforms
 from shards.plan import (
-    Permutation,
     Plan,
     check_layout,
     evaluation_share,
     micro_batches,
     nearest_worlds,
     rank_slice,
-    uniforms,
 )
 
 FINGERPRINT = "0123456789abcdef"

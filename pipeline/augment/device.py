@@ -1,0 +1,64 @@
+"""What is done to a whole batch, on its device: to floats, and random erasing.
+
+Shapes: B batch, C classes, H height, W width. A box is (top, left, height, width) in pixels.
+"""
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from pipeline.augment.choices import CROP_ATTEMPTS, CROP_DRAWS
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+ERASING_DRAWS = 1 + CROP_DRAWS  # erase or not, then as a crop
+ERASING_SCALE = (0.02, 0.33)
+ERASING_RATIO = (0.3, 3.3)
+
+
+@functools.cache
+def _channel_constants(device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return mean, std
+
+
+def normalise(images: Tensor) -> Tensor:
+    """uint8 [B, 3, H, W], in any memory format -> contiguous float32 of the same shape, with ImageNet's mean and deviation
+    of pixels in 0 to 1."""
+    mean, std = _channel_constants(images.device)
+    return images.to(torch.float32, memory_format=torch.contiguous_format).div_(255).sub_(mean).div_(std)
+
+
+def erasing_boxes(draws: Tensor, probability: float, height: int, width: int) -> Tensor:
+    """Draws float64 [B, ERASING_DRAWS] -> boxes int64 [B, 4] (top, left, height, width); all zero: nothing to erase.
+
+    The rule of `torchvision.transforms.RandomErasing`, a box a sample: the first of ten tries that is smaller than the
+    image, of an area uniform in ERASING_SCALE and a height/width log-uniform in ERASING_RATIO.
+    """
+    erased, tries, position = draws[:, 0] < probability, draws[:, 1:-2].unflatten(1, (CROP_ATTEMPTS, 2)), draws[:, -2:]
+    area = height * width * (ERASING_SCALE[0] + (ERASING_SCALE[1] - ERASING_SCALE[0]) * tries[..., 0])
+    low, high = (math.log(ratio) for ratio in ERASING_RATIO)
+    aspect = torch.exp(low + (high - low) * tries[..., 1])
+    sizes = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], dim=-1).round().long()  # [B, tries, 2]
+    limits = torch.tensor([height, width], device=draws.device)
+    fits = (sizes < limits).all(dim=-1)
+    first = fits.long().argmax(dim=1)  # of equal values, the first
+    size = sizes[torch.arange(len(sizes), device=draws.device), first]
+    boxes = torch.cat([(position * (limits - size + 1)).long(), size], dim=1)
+    return boxes * (erased & fits.any(dim=1)).unsqueeze(1)
+
+
+def erase(images: Tensor, boxes: Tensor) -> Tensor:
+    """Zeros the boxes int64 [B, 4] of normalised images float [B, 3, H, W], each sample its own."""
+    top, left, height, width = boxes.unsqueeze(-1).unbind(1)  # each [B, 1]
+    rows, columns = (torch.arange(side, device=images.device) for side in images.shape[-2:])
+    in_rows = (rows >= top) & (rows < top + height)
+    in_columns = (columns >= left) & (columns < left + width)
+    return images.masked_fill((in_rows.unsqueeze(2) & in_columns.unsqueeze(1)).unsqueeze(1), 0)
+
+
+def one_hot(labels: Tensor, num_classes: int) -> Tensor:
+    """Labels int64 [B] -> targets float32 [B, C]."""
+    return torch.nn.functional.one_hot(labels, num_classes).float()

@@ -1,0 +1,69 @@
+"""The exact path, and the reference of the fast one: Pillow decodes, torchvision crops, resizes and augments.
+
+Shapes: S side of a square image.
+"""
+
+import io
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F
+from torchvision.transforms.autoaugment import _apply_op
+
+from pipeline.augment.choices import Choices
+
+
+@dataclass(frozen=True)
+class TrainTransform(Choices):
+    """RandomResizedCrop (bilinear, antialiased), horizontal flip, RandAugment, in this order, as torchvision does them."""
+
+    def __call__(self, data: bytes, draws: np.ndarray) -> np.ndarray:
+        """Encoded image and draws float64 [num_draws] in [0, 1) -> uint8 [S, S, 3]. Raises ValueError as `decode`."""
+        image = decode(data)
+        box = self.crop(draws, image.height, image.width)
+        image = F.resized_crop(image, *box, [self.image_size, self.image_size], InterpolationMode.BILINEAR)
+        if self.flips(draws):
+            image = F.hflip(image)
+        for name, magnitude in self.operations(draws):
+            image = _apply_op(image, name, magnitude, InterpolationMode.NEAREST, fill=None)
+        return np.array(image)
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """Resize (bicubic, antialiased) so that the shorter side is `image_size * resize_ratio`, then the centre crop.
+
+    The shorter side is rounded to the nearest pixel (224 -> 256, 32 -> 37), the longer one down, as in torchvision.
+    """
+
+    image_size: int
+    resize_ratio: float = 256 / 224
+    num_draws: ClassVar[int] = 0  # the same call as TrainTransform, without randomness
+
+    def __call__(self, data: bytes, draws: np.ndarray | None = None) -> np.ndarray:
+        """Encoded image -> uint8 [S, S, 3]. Raises ValueError as `decode`."""
+        image = F.resize(decode(data), [round(self.image_size * self.resize_ratio)], InterpolationMode.BICUBIC)
+        return np.array(F.center_crop(image, [self.image_size, self.image_size]))
+
+
+def decode(data: bytes) -> Image.Image:
+    """The image in `data` as Pillow RGB; alpha is dropped, 16-bit grey keeps its high byte, EXIF rotation is ignored.
+
+    Raises ValueError, naming the cause, when Pillow cannot read the whole image.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return _to_rgb(image)
+    except Exception as error:  # Pillow's plugins raise many types on bad bytes
+        raise ValueError(f"cannot decode an image from {len(data)} bytes: {error}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # Pillow's own conversion clips 16-bit grey at 255
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if "transparency" in image.info:  # the same pixels as a direct conversion, without its warning
+        image = image.convert("RGBA")
+    return image.convert("RGB")

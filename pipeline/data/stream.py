@@ -1,0 +1,105 @@
+"""The stream as the trainer sees it: planned in the main process, decoded in workers, moved to the device."""
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.backend.world import World
+from pipeline.data.batch import PADDING, Batch, Request
+from pipeline.data.loading import Loading, load
+from pipeline.data.samples import Samples
+from shards.errors import UserError
+from shards.plan import Plan, evaluation_share, micro_batches, rank_slice
+
+_AHEAD = 2**17  # samples of the global sequence; some windows of most plans
+
+
+@dataclass(frozen=True)
+class TrainStream:
+    """This rank's part of every global batch of a run: exact, the same for any world, and O(1) to enter anywhere."""
+
+    samples: Samples
+    plan: Plan
+    world: World
+    accumulation: int
+    loading: Loading
+
+    def requests(self, start: int, stop: int) -> Iterator[Request]:
+        """The micro-batches of optimizer steps start .. stop - 1, in order."""
+        for step in range(start, stop):
+            ids = self._ids(step)
+            first = self.world.rank * len(ids)
+            for micro_batch in micro_batches(ids, self.accumulation):
+                yield Request(micro_batch, first, step, step // self.plan.batches_per_epoch)
+                first += len(micro_batch)
+
+    def _ids(self, step: int) -> np.ndarray:
+        epoch, position = divmod(step, self.plan.batches_per_epoch)
+        return rank_slice(self.plan.ids(epoch, position), self.world.rank, self.world.size)
+
+    @contextmanager
+    def open(self, start: int, stop: int) -> Iterator[Iterator[list[Batch]]]:
+        """An iterator of one optimizer step's micro-batches after another; workers end with the context."""
+        with (
+            closing(self.samples.reader.store),
+            load(self.samples, self._announced(start, stop), self.loading) as batches,
+        ):
+            # The same iterator `accumulation` times: consecutive batches make a step.
+            yield (list(step) for step in zip(*[batches] * self.accumulation, strict=True))
+
+    def _announced(self, start: int, stop: int) -> Iterator[Request]:
+        """The requests; ahead of each step, its shards are announced to a store that fetches whole shards."""
+        reader = self.samples.reader
+        if not reader.store.fetches_ahead:
+            yield from self.requests(start, stop)
+            return
+        announced, ahead = start, max(1, _AHEAD // self.plan.global_batch)
+        for step in range(start, stop):
+            until = min(step + ahead, stop)
+            reader.store.ahead(name for later in range(announced, until) for name in reader.shards_of(self._ids(later)))
+            announced = until
+            yield from self.requests(step, step + 1)
+
+    def state(self, done: int) -> dict[str, object]:
+        """Where the trainer stands after `done` steps: what is planned next follows from it, on any world."""
+        plan = self.plan
+        epoch, batches = divmod(done, plan.batches_per_epoch)
+        key = {"fingerprint": plan.fingerprint, "seed": plan.seed, "global_batch": plan.global_batch}
+        return key | plan.shuffle.state() | {"epoch": epoch, "batches": batches}
+
+    def check_state(self, state: dict[str, object], where: object) -> None:
+        """Raises UserError where a state of another index, seed, global batch or shuffle would be continued."""
+        own = self.state(0)
+        for name in (state | own).keys() - {"epoch", "batches"}:
+            if state.get(name) != own.get(name):
+                raise UserError(
+                    f"{where} was made with the data's {name} {state.get(name)}, but it is {own.get(name)} now: the "
+                    "rest of the epoch would repeat some samples and miss others; give the data and recipe it was made "
+                    "with, or another --run-dir to start anew"
+                )
+
+    def check_disjoint(self) -> None:
+        """Raises UserError where two ranks would train on the same samples (a stream sharded twice, or not at all)."""
+        ids = next(self.requests(0, 1)).ids.tolist()
+        everyone = [sample for rank in self.world.gather(ids) for sample in rank]  # type: ignore[attr-defined]
+        if len(set(everyone)) < len(everyone):
+            raise UserError(
+                f"the first micro-batches of the {self.world.size} ranks hold {len(everyone)} samples, but only "
+                f"{len(set(everyone))} different ones: ranks disagree on rank, world, seed or index, and would train "
+                "on the same samples; start all of them with one launcher, on the same data and recipe"
+            )
+
+
+@contextmanager
+def evaluation_batches(samples: Samples, batch: int, world: World, loading: Loading) -> Iterator[Iterator[Batch]]:
+    """This rank's share of a split, every sample once. All ranks get equally many batches of equal size, as sharded
+    models need; what fills them up has the id PADDING."""
+    start, stop = evaluation_share(len(samples.reader), world.rank, world.size)
+    largest = -(-len(samples.reader) // world.size)
+    ids = np.full(-(-largest // batch) * batch, PADDING, dtype=np.int64)
+    ids[: stop - start] = np.arange(start, stop)
+    requests = (Request(part, 0, 0, 0) for part in ids.reshape(-1, batch))
+    with load(samples, requests, loading) as batches:
+        yield batches
