@@ -25,7 +25,7 @@ lint: $(INSTALLED)
 	ruff format --check .
 	mypy shards pipeline recipes tools
 
-$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt shards/crop_decode.c
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from pipeline.backend import World
-from pipeline.recipe import Recipe, Runtime, validate
+from pipeline.recipe import Recipe, Runtime
 from pipeline.record import RECIPE, check_same_recipe, read_outcome, write_outcome
 from pipeline.trainer import fit, launch, weights_path
+from pipeline.validate import validate
 from shards.errors import UserError
 
 

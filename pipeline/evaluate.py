@@ -26,9 +26,9 @@ class Evaluator:
     num_samples: int
 
     def __call__(self, batches: Iterable[Batch]) -> dict[str, float] | None:
-        """{"memory_top1": .., "memory_top5": .., "memory_loss": .., ..., "unreadable": ..}: shares of the split's samples,
-        and the mean cross-entropy of unsmoothed labels; None where a rank was told to stop before the end. The number
-        of unreadable images: they count as wrong, and are left out of the cross-entropy.
+        """{"memory_top1": .., "memory_top5": .., "memory_loss": .., ..., "unreadable": ..}: shares of the split's
+        samples, and the mean cross-entropy of unsmoothed labels; None where a rank was told to stop before the end.
+        "unreadable" images are a number: they count as wrong, and are left out of the cross-entropy.
 
         Raises RuntimeError unless exactly `num_samples` samples were counted.
         """

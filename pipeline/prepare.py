@@ -29,8 +29,9 @@ from pipeline.evaluate import Evaluator, Variants, head_names
 from pipeline.loss import SummedOverHeads
 from pipeline.models.load import load_start
 from pipeline.optim import WarmupCosine, adamw
-from pipeline.recipe import Recipe, num_steps, validate
+from pipeline.recipe import Recipe
 from pipeline.record import Record, check_same_recipe, keep_recipe
+from pipeline.validate import num_steps, validate
 from shards.budget import Budget
 from shards.errors import UserError
 from shards.index import Index
@@ -179,7 +180,8 @@ def seed_rank(run: Run, step: int) -> None:
 
 def make_input(recipe: Recipe, index: Index, store: Store, world: World) -> Input:
     data, augment = recipe.data, recipe.augment
-    transform = {"exact": TrainTransform, "fast": FastTrainTransform}[augment.decode](
+    transform_class = TrainTransform if augment.decode == "exact" else FastTrainTransform
+    transform = transform_class(
         augment.image_size,
         augment.crop_scale,
         augment.crop_ratio,

@@ -118,7 +118,7 @@ class Record:
         if self.is_main:
             self._write({"step": step, "split": split, **values})
             brief = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name.endswith("top1"))
-            if values["unreadable"]:
+            if values.get("unreadable"):
                 brief += f"  ({values['unreadable']:.0f} images are unreadable and count as wrong: quarantine.jsonl)"
             self._bar.write(f"step {step}  {split}: {brief}")
 

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from safetensors.torch import save as as_safetensors
 
 from pipeline.backend import Stepped, World, start
-from pipeline.data.batch import Batch
 from pipeline.data.stream import evaluation_batches
 from pipeline.prepare import Run, prepare
 from pipeline.recipe import Recipe, Runtime, flatten
@@ -44,7 +43,7 @@ def fit(recipe: Recipe, world: World) -> str:
 
 
 def describe(run: Run) -> str:
-    """One line: what is trained, where, on how much, and from where on."""
+    """What is trained, where, on how much, in which order, and from where on."""
     recipe, world, plan = run.recipe, run.world, run.input.stream.plan
     parameters = sum(parameter.numel() for parameter in run.learner.backend.module.parameters())
     share = plan.global_batch // world.size // recipe.data.accumulation
@@ -52,7 +51,7 @@ def describe(run: Run) -> str:
         f"{recipe.model.name}: {parameters / 1e6:.2f} M parameters in {recipe.runtime.precision}, {world.strategy} on "
         f"{world.size} x {world.device.type}; {plan.num_samples:,} samples; a step takes {plan.global_batch} = "
         f"{world.size} ranks x {recipe.data.accumulation} micro-batches x {share}; steps {run.progress.start} to "
-        f"{run.durations.total}, {plan.batches_per_epoch} an epoch"
+        f"{run.durations.total}, {plan.batches_per_epoch} an epoch\n{run.input.stream.describe()}"
     )
 
 
@@ -66,8 +65,7 @@ def train(run: Run) -> str:
         for step in range(start, total):
             with run.record.meter.waiting():
                 micro_batches = next(batches)
-            for batch in micro_batches:
-                note(run, batch, step + 1)
+            run.quarantine.note(micro_batches, step + 1)
             learner.backend.set_lr(learner.schedule(step))
             stepped = learner.backend.step(learner.criterion, [run.input.augment(batch) for batch in micro_batches])
             if learner.ema:
@@ -76,9 +74,7 @@ def train(run: Run) -> str:
             run.record.step(done)
             if due(done, every.log, total):
                 log(run, done, stepped)
-            stopping, num_bad = run.world.poll(run.quarantine.num_new)
-            if num_bad:
-                run.quarantine.share()
+            stopping = run.quarantine.poll()
             saving, evaluating = due(done, every.save, total), due(done, every.evaluate, total)
             if stopping or saving or evaluating:
                 finite_loss(run, done, stepped)
@@ -126,20 +122,13 @@ def evaluate(run: Run, done: int) -> bool:
     """Evaluates into the record; False where a rank was told to stop before the end of it."""
     samples, batch, loading = run.input.validation, run.recipe.evaluation.batch, run.input.stream.loading
     with run.record.meter.paused(), evaluation_batches(samples, batch, run.world, loading) as batches:
-        noted = (note(run, batch, done) for batch in batches)
-        values = run.learner.evaluator(run.record.watch(noted, len(samples.reader) / run.world.size / batch))
+        watched = run.record.watch(batches, len(samples.reader) / run.world.size / batch)
+        values = run.learner.evaluator(run.quarantine.watch(watched, done))
     if values is None:
         return False
-    if run.world.poll(run.quarantine.num_new)[1]:
-        run.quarantine.share()
+    run.quarantine.poll()
     run.record.evaluation(done, run.recipe.data.val, values)
     return True
-
-
-def note(run: Run, batch: Batch, step: int) -> Batch:
-    """The batch, once its bad samples are in the quarantine."""
-    run.quarantine.note(batch.bad, step)
-    return batch
 
 
 def save(run: Run, done: int) -> None:

@@ -170,7 +170,8 @@ def _simplejpeg() -> ModuleType:
         import simplejpeg
     except ImportError as error:
         raise UserError(
-            f"resizing images needs the package simplejpeg ({error}): pip install 'vittm-pipeline[data]', or resize none"
+            f"resizing images needs the package simplejpeg ({error}): pip install 'vittm-pipeline[data]', or resize "
+            "none"
         ) from error
     return simplejpeg
 

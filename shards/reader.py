@@ -17,14 +17,15 @@ MAX_SAMPLE_BYTES = 1 << 28  # an index from elsewhere must not make a worker all
 class BadSample(UserError):
     """A sample that cannot be read or decoded, or has no valid label.
 
-    `shard`: where the tar lies. `key`: "" where it cannot be read. `reason`: what the reader or decoder said. It crosses
-    process boundaries whole.
+    `shard`: where the tar lies. `key`: "" where it cannot be read. `reason`: what the reader or decoder said. It
+    crosses process boundaries whole.
     """
 
     def __init__(self, shard: str, key: str, sample: int, split: str, reason: str) -> None:
         self.shard, self.key, self.sample, self.split, self.reason = shard, key, sample, split, reason
+        named = repr(key) if key else "unreadable"
         super().__init__(
-            f"bad sample in {shard}: key {repr(key) if key else 'unreadable'}, sample {sample} of split {split!r}: {reason}. "
+            f"bad sample in {shard}: key {named}, sample {sample} of split {split!r}: {reason}. "
             "Copy the shard again, or rewrite the split with tools/make_shards.py."
         )
 

@@ -10,6 +10,7 @@ from shards.engine import open_engine
 from shards.index import Index
 from shards.writing.options import WriteOptions
 from tools import bench_shards
+from tools.benchmarks import make_images
 
 
 def members(out):
@@ -50,7 +51,7 @@ def test_it_appends_a_line(tmp_path, capsys):
 @pytest.mark.parametrize("hashed", [True, False])
 def test_both_sides_write_the_same_samples(tmp_path, hashed):
     folder, ours, theirs = (tmp_path / name for name in ("images", "ours", "theirs"))
-    mean = bench_shards.make_images(folder, (40, 30), 90, 12)
+    mean = make_images(folder, (40, 30), 90, 12)
     with open_engine("local", 1) as engine:
         bench_shards.write_ours(folder, ours, WriteOptions(), engine, hashed)
     bench_shards.write_theirs(folder, theirs, -1, hashed)

@@ -4,6 +4,7 @@ import json
 import random
 from pathlib import Path
 
+import psutil
 import ranks
 
 CHAIN = "recipes/chain.py"
@@ -70,12 +71,15 @@ def test_what_a_run_leaves_behind(start, small, tmp_path):
 
 def test_a_signal_to_one_rank_ends_the_chain_in_order(start, chain_options, tmp_path):
     options = [*chain_options, "--pretrain.schedule.length", "40 steps", "--pretrain.evaluation.every", "100%"]
-    options += ["--run-dir", str(tmp_path / "run")]
+    options += ["--pretrain.data.workers", "1", "--run-dir", str(tmp_path / "run")]
     running = start(CHAIN, options, 2)
     ranks.when_logged(tmp_path / "run" / "pretrain" / "metrics.jsonl", 3, lambda: running.processes[1].is_alive())
+    helpers = [child for rank in running.processes for child in psutil.Process(rank.pid).children(recursive=True)]
+    assert len(helpers) >= 4, "a fork server and a worker a rank"
     running.processes[1].terminate()
     ended = running.wait()
     assert ended.codes == [75, 75], "\n".join(ended.outputs)
+    assert not psutil.wait_procs(helpers, timeout=30)[1], "they outlive their ranks"
     outcomes = [json.loads((tmp_path / "run" / name / "outcome.json").read_text()) for name in ("", "pretrain")]
     assert [outcome["outcome"] for outcome in outcomes] == ["requeue", "requeue"]
     stopped = outcomes[1]["step"]

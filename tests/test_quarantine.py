@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.backend.world import World
-from pipeline.data.batch import Replaced
+from pipeline.data.batch import Batch, Replaced
 from pipeline.data.loading import Loading
 from pipeline.data.quarantine import Quarantine
 from pipeline.prepare import make_input
@@ -110,20 +110,23 @@ def test_a_split_of_bad_samples_only(damaged):
         epoch(damaged(list(range(80)), []), World("ddp", 0, 1, torch.device("cpu")), 0)
 
 
-def bad(sample: int, split: str = "train") -> Replaced:
-    return Replaced(BadSample("a.tar", f"k{sample}", sample, split, "why"), 1)
+def batch(*samples: int, split: str = "train") -> Batch:
+    """An empty batch for which these bad samples were met."""
+    nothing = torch.zeros(0, dtype=torch.int64)
+    bad = (Replaced(BadSample("a.tar", f"k{sample}", sample, split, "why"), 1) for sample in samples)
+    return Batch(nothing, nothing, nothing, 0, 0, 0, tuple(bad))
 
 
 def test_the_budget_counts_different_samples_of_the_training_split(alone, tmp_path):
     quarantine = Quarantine(tmp_path, alone, "train", budget=2)
-    quarantine.note([bad(4), bad(4), bad(9, "val"), bad(8, "val")], step=1)
-    assert quarantine.num_new == 3
-    assert quarantine.share() == 3
-    quarantine.note([bad(4), bad(5)], step=2)
-    assert quarantine.share() == 1
-    quarantine.note([bad(6)], step=3)
+    quarantine.note([batch(4, 4), batch(9, 8, split="val")], step=1)
+    quarantine.poll()
+    assert len(quarantined(tmp_path)) == 3
+    quarantine.note([batch(4, 5)], step=2)
+    quarantine.poll()
+    quarantine.note([batch(6)], step=3)
     with pytest.raises(UserError) as error:
-        quarantine.share()
+        quarantine.poll()
     text = str(error.value)
     assert "3 samples of split 'train' are bad, and data.max_bad allows 2" in text
     assert all(f"  - a.tar: k{sample}: why\n" in text for sample in (4, 5, 6))
@@ -134,10 +137,11 @@ def test_the_budget_counts_different_samples_of_the_training_split(alone, tmp_pa
 def test_a_resumed_quarantine_goes_on_from_the_checkpoint(alone: World, tmp_path):
     quarantine = Quarantine(tmp_path, alone, "train", budget=2)
     for step in (1, 2):
-        quarantine.note([bad(step)], step)
-        quarantine.share()
+        quarantine.note([batch(step)], step)
+        assert not quarantine.poll()
     again = Quarantine(tmp_path, alone, "train", budget=2)
     again.resume(1)
     assert [line["sample"] for line in quarantined(tmp_path)] == [1]
-    again.note([bad(1), bad(2)], 2)
-    assert again.share() == 1
+    again.note([batch(1, 2)], 2)
+    again.poll()
+    assert [line["sample"] for line in quarantined(tmp_path)] == [1, 2]

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from pipeline import chain
-from pipeline.recipe import Augment, Checkpoint, Data, Recipe, Schedule, flatten, num_steps, parse, validate
+from pipeline.recipe import Augment, Checkpoint, Data, Recipe, Schedule, flatten, parse
+from pipeline.validate import num_steps, validate
 from recipes import chain as chain_recipe
 from recipes import demo, finetune_1k, pretrain_21k
 from shards.errors import UserError

@@ -10,15 +10,12 @@ Prints a table, and appends a JSON line.
 """
 
 import argparse
-import datetime
 import gzip
 import io
 import json
 import os
 import random
-import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,12 +23,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, redirect_stderr
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
@@ -42,11 +37,10 @@ from shards.sources.folders import ClassFolders
 from shards.writing.options import WriteOptions
 from shards.writing.writer import write
 
-ROOT = Path(__file__).parents[1]
-LARGE, SMALL = "500x375", "224x224"
-JPEGS = {LARGE: ((500, 375), 95), SMALL: ((224, 224), 98)}  # size, and the quality that gives the bytes of photographs
-NUM_CLASSES, SHARD_SIZE, NUM_IN_MEMORY = 10, 1000, 200
-NUM_DIFFERENT = 500  # files: more than a CPU's caches hold; the others are links to them
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a script finds only what lies beside it
+from tools.benchmarks import JPEGS, LARGE, ROOT, SMALL, append, header, make_images
+
+SHARD_SIZE, NUM_IN_MEMORY = 1000, 200
 BUFFERS = {"webdataset": -1, "webdataset, buffered": 1 << 20}
 COPY, SHORT, SQUASH = "none", "short:256", "squash:224"
 PACKAGES = ("numpy", "pillow", "simplejpeg", "opencv-python-headless", "webdataset")
@@ -68,52 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if min(options.images, options.repetitions) < 1:
         parser.error(f"{options.images} images, {options.repetitions} repetitions: both must be at least 1")
-    describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    record: dict[str, Any] = {
-        "benchmark": "shards",
-        "date": datetime.date.today().isoformat(),
-        "commit": subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip(),
-        "hardware": _hardware(),
-        "command": shlex.join(["python", "tools/bench_shards.py", *arguments]),
-        "repetitions": options.repetitions,
-    }
-    load = [round(os.getloadavg()[0], 2)]
+    record = header("shards", "tools/bench_shards.py", arguments, PACKAGES)
+    record["repetitions"] = options.repetitions
     with tempfile.TemporaryDirectory() as directory:
         record["summary"] = Bench(Path(directory), options.images, options.repetitions).run()
-    record["load"] = [*load, round(os.getloadavg()[0], 2)]  # before and after; this makes for 1 to 1.5 of it
-    with open(options.output, "a") as file:
-        file.write(json.dumps(record) + "\n")
+    append(record, options.output)
     return 0
-
-
-def _hardware() -> str:
-    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    return f"{len(os.sched_getaffinity(0))} cores of {cpu.partition(': ')[2]}, {gigabytes:.0f} GiB; {packages}"
-
-
-def make_images(folder: Path, size: tuple[int, int], quality: int, number: int) -> float:
-    """Writes class folders of JPEGs of smooth noise and of more or less grain; their mean bytes."""
-    generator, paths = np.random.default_rng(0), list[Path]()
-    for i in range(number):
-        class_name = f"n{i % NUM_CLASSES:08d}"
-        paths.append(folder / class_name / f"{class_name}_{i}.JPEG")
-        paths[i].parent.mkdir(parents=True, exist_ok=True)
-        if i < NUM_DIFFERENT:
-            _noise(generator, size).save(paths[i], quality=quality)
-        else:
-            paths[i].hardlink_to(paths[i % NUM_DIFFERENT])
-    return statistics.mean(path.stat().st_size for path in paths)
-
-
-def _noise(generator: np.random.Generator, size: tuple[int, int]) -> Image.Image:
-    pixels = generator.normal(0, generator.uniform(4, 26), (size[1], size[0], 1))
-    for cell, levels in ((128, 60), (32, 25), (8, 10)):
-        coarse = generator.normal(128, levels, (size[1] // cell + 2, size[0] // cell + 2, 3))
-        smooth = Image.fromarray(coarse.clip(0, 255).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
-        pixels = pixels + np.asarray(smooth) - 128.0
-    return Image.fromarray((pixels + 128).clip(0, 255).astype(np.uint8))
 
 
 def write_ours(folder: Path, out: Path, options: WriteOptions, engine: Engine, hashed: bool) -> None:

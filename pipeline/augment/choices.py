@@ -1,4 +1,4 @@
-"""What is done to a sample, chosen from its draws: where it is cropped, whether it is flipped, RandAugment's operations.
+"""What a sample's draws choose: where it is cropped, whether it is flipped, which of RandAugment's operations follow.
 
 Nothing here owns random state: every choice follows from a vector of draws keyed by (seed, epoch, sample), so what
 enters the model depends neither on the world nor on the number of workers.

@@ -25,8 +25,8 @@ def _channel_constants(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def normalise(images: Tensor) -> Tensor:
-    """uint8 [B, 3, H, W], in any memory format -> contiguous float32 of the same shape, with ImageNet's mean and deviation
-    of pixels in 0 to 1."""
+    """uint8 [B, 3, H, W], in any memory format -> contiguous float32 of the same shape, with ImageNet's mean and
+    deviation of pixels in 0 to 1."""
     mean, std = _channel_constants(images.device)
     return images.to(torch.float32, memory_format=torch.contiguous_format).div_(255).sub_(mean).div_(std)
 

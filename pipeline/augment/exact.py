@@ -3,25 +3,24 @@
 Shapes: S side of a square image.
 """
 
-import io
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 from torchvision.transforms.autoaugment import _apply_op
 
 from pipeline.augment.choices import Choices
+from shards.crop import decode
 
 
 @dataclass(frozen=True)
 class TrainTransform(Choices):
-    """RandomResizedCrop (bilinear, antialiased), horizontal flip, RandAugment, in this order, as torchvision does them."""
+    """RandomResizedCrop (bilinear, antialiased), flip, RandAugment, in this order, as torchvision does them."""
 
     def __call__(self, data: bytes, draws: np.ndarray) -> np.ndarray:
-        """Encoded image and draws float64 [num_draws] in [0, 1) -> uint8 [S, S, 3]. Raises ValueError as `decode`."""
+        """Encoded image and draws float64 [num_draws] in [0, 1) -> uint8 [S, S, 3]. ValueError as `decode`."""
         image = decode(data)
         box = self.crop(draws, image.height, image.width)
         image = F.resized_crop(image, *box, [self.image_size, self.image_size], InterpolationMode.BILINEAR)
@@ -44,26 +43,6 @@ class EvalTransform:
     num_draws: ClassVar[int] = 0  # the same call as TrainTransform, without randomness
 
     def __call__(self, data: bytes, draws: np.ndarray | None = None) -> np.ndarray:
-        """Encoded image -> uint8 [S, S, 3]. Raises ValueError as `decode`."""
+        """Encoded image -> uint8 [S, S, 3]. ValueError as `decode`."""
         image = F.resize(decode(data), [round(self.image_size * self.resize_ratio)], InterpolationMode.BICUBIC)
         return np.array(F.center_crop(image, [self.image_size, self.image_size]))
-
-
-def decode(data: bytes) -> Image.Image:
-    """The image in `data` as Pillow RGB; alpha is dropped, 16-bit grey keeps its high byte, EXIF rotation is ignored.
-
-    Raises ValueError, naming the cause, when Pillow cannot read the whole image.
-    """
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return _to_rgb(image)
-    except Exception as error:  # Pillow's plugins raise many types on bad bytes
-        raise ValueError(f"cannot decode an image from {len(data)} bytes: {error}") from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # Pillow's own conversion clips 16-bit grey at 255
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if "transparency" in image.info:  # the same pixels as a direct conversion, without its warning
-        image = image.convert("RGBA")
-    return image.convert("RGB")

@@ -1,8 +1,8 @@
 """The fast path: the crop is drawn first, only its box is decoded, and uint8 arrays are resized and augmented.
 
-Its pixels are those of the exact path up to rounding: the decoded box has the same bits, the resize is the same
-antialiased triangle filter (torch's on uint8, or OpenCV's INTER_LINEAR where nothing shrinks and there is nothing to
-antialias), each of RandAugment's operations is checked against torchvision's.
+Decoding and RandAugment give the bits of the exact path. The resize is the same antialiased triangle filter, rounded
+otherwise: torch's on uint8, or OpenCV's INTER_LINEAR where no side shrinks and there is nothing to antialias. So before
+RandAugment no value is off by more than a level.
 
 Shapes: S side of a square image.
 """
@@ -28,7 +28,7 @@ class FastTrainTransform(Choices):
         pixels, _ = decode_box(data, lambda height, width: self.crop(draws, height, width))
         pixels = resize(pixels, self.image_size)
         if self.flips(draws):
-            pixels = cv2.flip(pixels, 1)
+            pixels = np.asarray(cv2.flip(pixels, 1), np.uint8)
         for name, magnitude in self.operations(draws):
             pixels = randaugment.apply(pixels, name, magnitude)
         return pixels
@@ -38,7 +38,7 @@ def resize(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     """uint8 [H, W, 3] -> [side, side, 3] by the triangle filter, as Pillow's BILINEAR, to within a level."""
     height, width, _ = pixels.shape
     if max(height, width) <= side:
-        return cv2.resize(pixels, (side, side), interpolation=cv2.INTER_LINEAR)
+        return np.asarray(cv2.resize(pixels, (side, side), interpolation=cv2.INTER_LINEAR), np.uint8)
     batch = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)  # channels last in memory: its quickest kernel
     resized = torch.ops.aten._upsample_bilinear2d_aa(batch, [side, side], False)
     return resized[0].permute(1, 2, 0).numpy()

@@ -31,6 +31,11 @@ class World:
     stop: "StopFlag" = field(default_factory=lambda: StopFlag())
 
     @property
+    def nodes(self) -> int:
+        """Machines of the launch, as the launcher numbers ranks on them."""
+        return max(1, self.size // int(os.environ.get("LOCAL_WORLD_SIZE", self.size)))
+
+    @property
     def is_main(self) -> bool:
         return self.rank == 0
 

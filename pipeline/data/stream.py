@@ -11,7 +11,7 @@ from pipeline.data.batch import PADDING, Batch, Request
 from pipeline.data.loading import Loading, load
 from pipeline.data.samples import Samples
 from shards.errors import UserError
-from shards.plan import Plan, evaluation_share, micro_batches, rank_slice
+from shards.plan import Plan, WindowShuffle, evaluation_share, micro_batches, mixing_distance, rank_slice
 
 _AHEAD = 2**17  # samples of the global sequence; some windows of most plans
 
@@ -61,6 +61,20 @@ class TrainStream:
             reader.store.ahead(name for later in range(announced, until) for name in reader.shards_of(self._ids(later)))
             announced = until
             yield from self.requests(step, step + 1)
+
+    def describe(self) -> str:
+        """How epochs are ordered, how well that mixes, and what a node fetches of them."""
+        plan, nodes = self.plan, self.world.nodes
+        if not isinstance(plan.shuffle, WindowShuffle):
+            every = f"; each of the {nodes} nodes reads all shards: window asks less of a network" if nodes > 1 else ""
+            return f"global shuffle{every}"
+        runs, apart = plan.shuffle.runs, mixing_distance(plan)
+        share = f"about 1/{nodes}" if runs % nodes == 0 else f"more than 1/{nodes} (which does not divide the runs)"
+        return (
+            f"window shuffle of {runs} runs, {plan.shuffle.window:,} samples a window: neighbours in storage come "
+            f"{apart:,.0f} samples apart in the median (all over the epoch: {0.29 * plan.num_samples:,.0f}); a node "
+            f"fetches {share} of the shards an epoch"
+        )
 
     def state(self, done: int) -> dict[str, object]:
         """Where the trainer stands after `done` steps: what is planned next follows from it, on any world."""

@@ -1,0 +1,98 @@
+"""What about a recipe alone cannot work, and what its durations are in steps."""
+
+from pipeline.recipe import Recipe, flatten
+from shards.budget import Budget
+from shards.errors import UserError
+
+UNITS = ("epochs", "steps", "%")
+
+
+def num_steps(duration: str, batches_per_epoch: int, total: int = 0) -> int:
+    """Optimizer steps, rounded, of a duration such as "300 epochs", "10000 steps" or "2%" (of `total` steps).
+
+    Raises UserError where the text is no such duration.
+    """
+    number, unit = _split_duration(duration)
+    scale = {"epochs": batches_per_epoch, "steps": 1, "%": total / 100}[unit]
+    return round(number * scale)
+
+
+def validate(recipe: Recipe) -> None:
+    """Raises one UserError that lists everything about the recipe alone that cannot work."""
+    found = [*_duration_errors(recipe), *_range_errors(recipe)]
+    if found:
+        raise UserError("the recipe cannot run:\n" + "\n".join(f"  - {message}" for message in found))
+
+
+def _split_duration(duration: str) -> tuple[float, str]:
+    number, unit = duration.removesuffix("%"), "%"
+    if not duration.endswith("%"):
+        number, _, unit = duration.strip().partition(" ")
+        unit = unit.strip().rstrip("s") + "s"
+    try:
+        value = float(number)
+    except ValueError:
+        value = -1.0
+    if unit not in UNITS or not 0 <= value < float("inf"):
+        raise UserError(
+            f"'{duration}' is no duration: it takes a number, 0 or more, and a unit, "
+            "as '300 epochs', '10000 steps' or '2%'"
+        )
+    return value, unit
+
+
+def _duration_errors(recipe: Recipe) -> list[str]:
+    durations = {
+        "schedule.length": recipe.schedule.length,
+        "schedule.warmup": recipe.schedule.warmup,
+        "evaluation.every": recipe.evaluation.every,
+        "checkpoint.every": recipe.checkpoint.every,
+        "runtime.log_every": recipe.runtime.log_every,
+    }
+    found = []
+    for name, duration in durations.items():
+        try:
+            number, unit = _split_duration(duration)
+        except UserError as error:
+            found.append(f"{name}: {error}")
+            continue
+        if name == "schedule.length" and unit == "%":
+            found.append(f"{name} '{duration}': a percentage of itself; give epochs or steps")
+        if name != "schedule.warmup" and number == 0:
+            found.append(f"{name} '{duration}': must be above 0")
+    return found
+
+
+def _range_errors(recipe: Recipe) -> list[str]:
+    leaves = flatten(recipe)
+    positive = (
+        "data.global_batch",
+        "data.window",
+        "data.accumulation",
+        "augment.image_size",
+        "evaluation.batch",
+        "checkpoint.keep",
+    )
+    shares = ("augment.hflip", "augment.erasing", "ema_decay")
+    rates = ("schedule.lr", "schedule.warmup_lr", "schedule.min_lr", "optimizer.weight_decay", "optimizer.clip_norm")
+    counts = ("data.workers", "data.runs", "runtime.processes", "augment.randaugment_ops")
+    limits = [
+        *((name, 1, float("inf")) for name in positive),
+        *((name, 0, 1) for name in shares),
+        *((name, 0, float("inf")) for name in (*rates, *counts)),
+        ("augment.randaugment_magnitude", 0, 30),
+    ]
+    found = [
+        f"{name} {leaves[name]}: must lie in {low} .. {high}"
+        for name, low, high in limits
+        if not low <= leaves[name] <= high  # type: ignore[operator]
+    ]
+    spans = {"augment.crop_scale": recipe.augment.crop_scale, "augment.crop_ratio": recipe.augment.crop_ratio}
+    found += [f"{name} {span}: must be 0 < low <= high" for name, span in spans.items() if not 0 < span[0] <= span[1]]
+    try:
+        Budget(recipe.data.max_bad)
+    except UserError as error:
+        found.append(f"data.max_bad: {error}")
+    if (recipe.augment.mixup or recipe.augment.cutmix) and recipe.augment.mixup_alpha <= 0:
+        found.append(f"augment.mixup_alpha {recipe.augment.mixup_alpha}: must be above 0 while mixup or cutmix is on")
+    return found
