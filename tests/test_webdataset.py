@@ -89,7 +89,7 @@ def test_a_bad_sample_is_named(index, tmp_path):
         list(wds.DataPipeline(source, wds.decode("pil")))
 
 
-@settings(deadline=None, derandomize=True, max_examples=60)
+@settings(deadline=None, derandomize=True, max_examples=30)
 @given(st.integers(1, 64), st.integers(1, 8), st.integers(1, 3), st.integers(1, 3), st.integers(0, 99), st.data())
 def test_loaders_that_take_turns_restore_the_order(world, workers, accumulation, samples, rest, data):
     """As a DataLoader does: a batch of each worker in turn, until it has no more."""

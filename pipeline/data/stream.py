@@ -66,8 +66,12 @@ class TrainStream:
         """How epochs are ordered, how well that mixes, and what a node fetches of them."""
         plan, nodes = self.plan, self.world.nodes
         if not isinstance(plan.shuffle, WindowShuffle):
-            every = f"; each of the {nodes} nodes reads all shards: window asks less of a network" if nodes > 1 else ""
-            return f"global shuffle{every}"
+            if self.samples.reader.store.fetches_ahead:
+                return (
+                    "global shuffle of remote shards: a cache that does not hold the whole split fetches a shard for "
+                    "every sample; then give --data.shuffle window, or --data.remote range"
+                )
+            return "global shuffle" + (f": each of the {nodes} nodes reads all shards" if nodes > 1 else "")
         runs, apart = plan.shuffle.runs, mixing_distance(plan)
         share = f"about 1/{nodes}" if runs % nodes == 0 else f"more than 1/{nodes} (which does not divide the runs)"
         return (

@@ -75,7 +75,8 @@ def test_what_lies_between_samples_is_not_theirs(tmp_path):
         sample("c", 2),
         no_image,
     ]
-    members = [("README", b"-"), ("d.jpg", picture(3)), link("d.txt", "c.jpg"), (".hidden.jpg", b"-"), ("d.cls", b"1")]
+    members = [("d.jpg", picture(3)), directory, ("README", b"-"), ("__meta__/x.jpg", b"-"), ("__meta__", b"-")]
+    members += [link("d.txt", "c.jpg"), (".hidden.jpg", b"-"), ("d.cls", b"1")]
     index = foreign(tmp_path, [*samples, members], max_bad=3)
     whole = theirs(index)
     assert [found["__key__"] for found in whole] == ["a", "b", "a", "c", "b", "d"]
