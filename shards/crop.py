@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 try:
     from shards import _crop_decode  # type: ignore[attr-defined]
@@ -61,6 +61,8 @@ def decode(data: bytes) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data)) as image:
             return _to_rgb(image)
+    except UnidentifiedImageError as error:  # whose message is an address in memory
+        raise ValueError(f"cannot decode an image from {len(data)} bytes: Pillow knows no such format") from error
     except Exception as error:  # Pillow's plugins raise many types on bad bytes
         raise ValueError(f"cannot decode an image from {len(data)} bytes: {error}") from error
 

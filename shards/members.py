@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,12 +9,11 @@ import numpy as np
 
 from shards.errors import UserError
 from shards.index import Index
-from shards.reader import MAX_SAMPLE_BYTES, Reader
+from shards.reader import MAX_SAMPLE_BYTES, Reader, Row
 from shards.store import Store, StoreError
+from shards.tars.samples import META, split_name
 from shards.tars.ustar import BLOCK
 from shards.tars.walk import Member, walk
-
-_META = re.compile(r"__[^/]*__($|/)")
 
 
 class MemberReader(Reader):
@@ -29,9 +27,6 @@ class MemberReader(Reader):
         super().__init__(index, split, store)
         self._num_bytes = {shard.name: shard.num_bytes for shard in index.split(split).shards}
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return MemberReader, (self._index, self.split, self.store)
-
     def sample(self, sample_id: int) -> dict[str, Any]:
         """`__key__`, `__url__` (where the shard lies), and the bytes of each field under its extension, in lower case.
 
@@ -42,10 +37,10 @@ class MemberReader(Reader):
         try:
             start, stop, end = self._span(sample_id, name)
             data = self.store.read(name, start, stop - start)
-            members = _side_by_side(_fields(data, end - start), int(row["offset"]) - start, int(row["size"]))
-            sample: dict[str, Any] = {"__key__": _key_and_field(members[0])[0], "__url__": self.store.where(name)}
+            members = _side_by_side(_fields(data, end - start), row.offset - start, row.size)
+            sample: dict[str, Any] = {"__key__": split_name(members[0].name)[0], "__url__": self.store.where(name)}
             for member in members:
-                field = _key_and_field(member)[1]
+                field = split_name(member.name)[1]
                 if field in sample:
                     raise ValueError(f"two members are its {field}")
                 sample[field] = data[member.offset : member.offset + member.size]
@@ -60,10 +55,10 @@ class MemberReader(Reader):
         ASCII: headers of its own state such a name, before the image's."""
         name, row = self._locate(sample_id)
         try:
-            start, end = self._span(sample_id, name)[0], int(row["offset"])
+            start, end = self._span(sample_id, name)[0], row.offset
             before = self.store.read(name, start, end - start)
             found = [member for member in _walk(before, _padded_end(row) - start) if member.offset == len(before)]
-            return _key_and_field(found[0])[0]
+            return split_name(found[0].name)[0]
         except StoreError:
             raise
         except Exception:  # what cannot be walked may still have a header before its image
@@ -73,12 +68,12 @@ class MemberReader(Reader):
         """Where the image before ends, where the content of the one after it begins, and where that ends."""
         number = int(np.searchsorted(self._ends, sample_id, side="right"))
         is_first = sample_id == (self._ends[number - 1] if number else 0)
-        start = 0 if is_first else _padded_end(self._offsets[sample_id - 1])
+        start = 0 if is_first else _padded_end(self._row(sample_id - 1))
         if sample_id + 1 == self._ends[number]:
             stop = end = self._num_bytes[name]
         else:
-            after = self._offsets[sample_id + 1]
-            stop, end = int(after["offset"]), _padded_end(after)
+            after = self._row(sample_id + 1)
+            stop, end = after.offset, _padded_end(after)
         if not 0 < stop - start <= MAX_SAMPLE_BYTES:
             raise ValueError(f"its members lie within {stop - start} bytes, and {MAX_SAMPLE_BYTES} are the most")
         return start, stop, end
@@ -99,26 +94,18 @@ def _fields(data: bytes, end: int) -> Iterator[Member]:
     """Those of the members that are wholly there, and a field of a sample."""
     for member in _walk(data, end):
         is_whole = member.kind == "file" and member.offset + member.size <= len(data)
-        if is_whole and not _META.match(member.name) and all(_key_and_field(member)):
+        if is_whole and not META.match(member.name) and all(split_name(member.name)):
             yield member
 
 
 def _side_by_side(members: Iterator[Member], offset: int, size: int) -> list[Member]:
     """Those side by side that share the key of the image at `offset`."""
-    for _, group in itertools.groupby(members, lambda member: _key_and_field(member)[0]):
+    for _, group in itertools.groupby(members, lambda member: split_name(member.name)[0]):
         found = list(group)
         if any((member.offset, member.size) == (offset, size) for member in found):
             return found
     raise ValueError(f"no file of {size} bytes begins where the index has it: the shard is not the indexed one")
 
 
-def _key_and_field(member: Member) -> tuple[str, str]:
-    """WebDataset's rule: the path up to the first dot of its last component, and the rest in lower case."""
-    directory, slash, base = member.name.rpartition("/")
-    stem, _, field = base.partition(".")
-    return directory + slash + stem if stem else "", field.lower()
-
-
-def _padded_end(row: np.void) -> int:
-    end = int(row["offset"]) + int(row["size"])
-    return -(-end // BLOCK) * BLOCK
+def _padded_end(row: Row) -> int:
+    return -(-(row.offset + row.size) // BLOCK) * BLOCK

@@ -164,9 +164,13 @@ def _order(plan: Plan, epoch: int) -> Order:
 def mixing_distance(plan: Plan, epoch: int = 0) -> float:
     """How many samples apart, in the median, neighbours in storage come in the epoch; about 0.29 N where all is random.
 
-    Measured over the first half million samples of the epoch; nan where they hold no neighbours.
+    Measured over the batches of an epoch; of a window shuffle over its first half million samples, or, where these are
+    more, its first four windows. nan where they hold no neighbours.
     """
-    batches = range(min(plan.batches_per_epoch, max(1, _MIXING_SAMPLES // plan.global_batch)))
+    span = plan.num_samples
+    if isinstance(plan.shuffle, WindowShuffle):
+        span = min(span, max(_MIXING_SAMPLES, 4 * plan.shuffle.runs * plan.shuffle.window))
+    batches = range(max(1, span // plan.global_batch))
     ids = np.concatenate([plan.ids(epoch, batch) for batch in batches])
     order = np.argsort(ids)
     neighbours = np.diff(ids[order]) == 1

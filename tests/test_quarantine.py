@@ -102,7 +102,7 @@ def epoch(path: str, world: World, workers: int) -> list:
     recipe = Recipe(seed=5, data=Data(path=path, global_batch=16, workers=0), augment=Augment(image_size=16))
     stream = make_input(recipe, *open_data(path), world).stream
     with dataclasses.replace(stream, loading=Loading(workers, world.device)).open(0, 5) as batches:
-        return list(batches)
+        return [[dataclasses.replace(batch, images=batch.images.clone()) for batch in step] for step in batches]
 
 
 def test_a_split_of_bad_samples_only(damaged):

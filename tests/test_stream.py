@@ -1,5 +1,6 @@
 """The stream: the same samples in the same global batches on any world, from any step, in any number of workers."""
 
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -45,8 +46,9 @@ def stream_of(recipe):
 
 
 def read(stream: TrainStream, start: int = 0, stop: int = STEPS) -> list:
+    """All steps; the memory of their images is used again."""
     with stream.open(start, stop) as batches:
-        return list(batches)
+        return [[dataclasses.replace(batch, images=batch.images.clone()) for batch in step] for step in batches]
 
 
 def joined(per_rank: list, field: str) -> list[torch.Tensor]:

@@ -43,7 +43,10 @@ from shards.keyed import uniforms
 from shards.reader import Reader
 from tools.benchmarks import ROOT, append, header
 
-PATHS: dict[str, type[TrainTransform] | type[FastTrainTransform]] = {"exact": TrainTransform, "fast": FastTrainTransform}
+PATHS: dict[str, type[TrainTransform] | type[FastTrainTransform]] = {
+    "exact": TrainTransform,
+    "fast": FastTrainTransform,
+}
 SIZES = ((500, 375), (224, 224))
 RECIPE_FILE = "recipes/finetune_1k.py"
 

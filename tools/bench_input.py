@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # a script finds only what lies beside it
 from tools.benchmarks import JPEGS, ROOT, append, header
 from tools.input_data import LOADERS_FILE, Data, make_environment
 from tools.input_figures import DECODE_ONLY, FAST, MARKERS, OURS, PLAIN, RANDAUGMENT, Rates, Run, report

@@ -36,8 +36,6 @@ from shards.images import ImageOptions, prepare
 from shards.sources.folders import ClassFolders
 from shards.writing.options import WriteOptions
 from shards.writing.writer import write
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # a script finds only what lies beside it
 from tools.benchmarks import JPEGS, LARGE, ROOT, SMALL, append, header, make_images
 
 SHARD_SIZE, NUM_IN_MEMORY = 1000, 200

@@ -28,7 +28,7 @@ class TrainTransform(Choices):
             image = F.hflip(image)
         for name, magnitude in self.operations(draws):
             image = _apply_op(image, name, magnitude, InterpolationMode.NEAREST, fill=None)
-        return np.array(image)
+        return np.asarray(image)
 
 
 @dataclass(frozen=True)
@@ -45,4 +45,4 @@ class EvalTransform:
     def __call__(self, data: bytes, draws: np.ndarray | None = None) -> np.ndarray:
         """Encoded image -> uint8 [S, S, 3]. ValueError as `decode`."""
         image = F.resize(decode(data), [round(self.image_size * self.resize_ratio)], InterpolationMode.BICUBIC)
-        return np.array(F.center_crop(image, [self.image_size, self.image_size]))
+        return np.asarray(F.center_crop(image, [self.image_size, self.image_size]))

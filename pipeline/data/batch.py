@@ -33,11 +33,19 @@ class Replaced(NamedTuple):
     substitute: int
 
 
+class Filled(NamedTuple):
+    """What a worker answers, once the images of a request are in their place: labels int64 [B], and what was bad."""
+
+    labels: np.ndarray
+    bad: tuple[Replaced, ...]
+
+
 @dataclass(frozen=True)
 class Batch:
     """images uint8 [B, 3, H, W] (in memory [B, H, W, 3]), labels int64 [B] (UNREADABLE for padding, and for a bad
-    sample that nothing replaces), ids int64 [B] as planned (PADDING where evaluation fills up), and the micro-batch's first position in the
-    global batch, its optimizer step over the whole run, its epoch, and the bad samples that were met for it."""
+    sample that nothing replaces), ids int64 [B] as planned (PADDING where evaluation fills up), and the micro-batch's
+    first position in the global batch, its optimizer step over the whole run, its epoch, and the bad samples that were
+    met for it."""
 
     images: Tensor
     labels: Tensor

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 from collections import deque
@@ -9,16 +10,21 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import forkserver
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import torch
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from pipeline.backend.world import STOP_SIGNALS
-from pipeline.data.batch import Batch, Request
+from pipeline.data.batch import Batch, Filled, Request
 from pipeline.data.samples import Samples
 from shards.errors import UserError
+
+T = TypeVar("T")
+_PREFETCH = 2  # batches a worker has in work
+_SHARED_MEMORY = "/dev/shm"
 
 
 @dataclass(frozen=True)
@@ -30,34 +36,103 @@ class Loading:
 
 
 @contextmanager
-def load(samples: Samples, requests: Iterable[Request], loading: Loading) -> Iterator[Iterator[Batch]]:
-    """The batches of the requests, in their order, on the device; workers live as long as the context.
+def load(
+    samples: Samples, requests: Iterable[Request], loading: Loading, batch: int, held: int = 1
+) -> Iterator[Iterator[Batch]]:
+    """The batches of the requests, of at most `batch` samples, in their order, on the device; workers live as long as
+    the context. The images of one stay as they are until the `held`-th batch after it is asked for.
 
-    Raises the UserError that a worker met.
+    Raises the UserError that a worker met, and one where there is too little shared memory.
     """
+    side, number = samples.transform.image_size, _PREFETCH * loading.workers + held
+    slots = _Slots(_make_room(number, batch, side, loading), held)
     loader = DataLoader(
-        samples,
-        sampler=requests,
+        _Answers(samples, slots.images),
+        sampler=slots.given(requests),
         batch_size=None,
+        collate_fn=_unchanged,
         num_workers=loading.workers,
+        prefetch_factor=_PREFETCH if loading.workers else None,
         multiprocessing_context="forkserver" if loading.workers else None,
-        pin_memory=loading.device.type == "cuda",
         worker_init_fn=_begin_worker,
         generator=torch.Generator(),  # else each loader draws from the RNG of the model, which a resume must repeat
     )
-    batches: Any = iter(loader)  # its type has no _shutdown_workers, which a loader without workers has not either
+    answers: Any = iter(loader)  # its type has no _shutdown_workers, which a loader without workers has not either
     move = _prefetched if loading.device.type == "cuda" else _moved
     try:
-        yield move((_checked(batch) for batch in batches), loading.device)
+        yield move(slots.filled(answers), loading.device)
     finally:
         if loading.workers:
-            batches._shutdown_workers()
+            answers._shutdown_workers()
 
 
-def _checked(batch: Batch | UserError) -> Batch:
-    if isinstance(batch, UserError):
-        raise batch
-    return batch
+class _Answers(Dataset):
+    """A map from (slot, Request) to what is Filled, in a worker; the images go into that slot."""
+
+    def __init__(self, samples: Samples, images: Tensor) -> None:
+        self._samples, self._images = samples, images
+
+    def __getitem__(self, numbered: tuple[int, Request]) -> Filled | UserError:
+        """An error is handed over like an answer: raised in a worker it would arrive with the worker's traceback."""
+        slot, request = numbered
+        try:
+            return self._samples.fill(request, self._images[slot, : len(request.ids)].numpy())
+        except UserError as error:
+            return error
+
+
+class _Slots:
+    """Memory for the images of batches, uint8 [slots, B, S, S, 3], shared with workers and used again and again.
+
+    There is a slot for each request that the loader has in work, and for each batch that the caller holds. Memory that
+    each batch allocated anew would cost as much as a third of the decoding, in page faults on both sides (LOG.md).
+    """
+
+    def __init__(self, images: Tensor, held: int) -> None:
+        self.images, self._held = images, held
+        self._free = deque(range(len(images)))
+        self._given = deque[tuple[int, Request]]()
+
+    def given(self, requests: Iterable[Request]) -> Iterator[tuple[int, Request]]:
+        """Each request with a slot."""
+        for request in requests:
+            self._given.append((self._free.popleft(), request))
+            yield self._given[-1]
+
+    def filled(self, answers: Iterator[Filled | UserError]) -> Iterator[Batch]:
+        """The batches: answers come in the order of their requests. An error among them is raised."""
+        held = deque[int]()
+        for answer in answers:
+            if isinstance(answer, UserError):
+                raise answer
+            slot, request = self._given.popleft()
+            held.append(slot)
+            images, ids = self.images[slot, : len(request.ids)].permute(0, 3, 1, 2), torch.from_numpy(request.ids)
+            yield Batch(
+                images, torch.from_numpy(answer.labels), ids, request.first, request.step, request.epoch, answer.bad
+            )
+            if len(held) == self._held:  # before the loader is asked for the next answer, and gives a slot away
+                self._free.append(held.popleft())
+
+
+def _unchanged(answer: T) -> T:
+    """In the place of torch's collation, which would make tensors of arrays, and a file descriptor of each."""
+    return answer
+
+
+def _make_room(number: int, batch: int, side: int, loading: Loading) -> Tensor:
+    """Memory for the images of so many batches; UserError where workers could not share it with the trainer."""
+    slots = torch.empty(number, batch, side, side, 3, dtype=torch.uint8)
+    if not loading.workers:
+        return slots
+    there = shutil.disk_usage(_SHARED_MEMORY).free
+    if slots.nbytes > there:
+        raise UserError(
+            f"{number} batches of {batch} images of {side} x {side} pixels need {slots.nbytes / 2**20:,.0f} MiB of "
+            f"shared memory, and {_SHARED_MEMORY} has {there / 2**20:,.0f} MiB left: give it more (docker run "
+            "--shm-size), or take fewer data.workers or smaller micro-batches"
+        )
+    return slots.share_memory_()
 
 
 def _moved(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
@@ -65,12 +140,14 @@ def _moved(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
 
 
 def _prefetched(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """Copies a batch from pinned memory on a stream of its own, while the caller works on the one before."""
+    """Copies a batch on a stream of its own, while the caller works on the one before; by way of pinned memory, so that
+    the copy waits for nothing, and the batch's own memory may be used again at once."""
     side = torch.cuda.Stream(device)
     copies: deque[tuple[Batch, torch.cuda.Event]] = deque()
     for batch in batches:
+        pinned = batch.pin_memory()
         with torch.cuda.stream(side):
-            copies.append((batch.to(device), side.record_event()))
+            copies.append((pinned.to(device), side.record_event()))
         if len(copies) > 1:
             yield _arrived(*copies.popleft())
     while copies:

@@ -1,14 +1,11 @@
-"""Requests to batches, in a worker: a map without a position."""
+"""The samples of a request, read and transformed in a worker, which holds no position."""
 
 from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset, default_collate
 
-from pipeline.data.batch import PADDING, UNREADABLE, Batch, Replaced, Request
+from pipeline.data.batch import PADDING, UNREADABLE, Filled, Replaced, Request
 from shards.errors import UserError
 from shards.keyed import uniforms
 from shards.reader import BadSample, Reader
@@ -31,8 +28,8 @@ class Transform(Protocol):
     def __call__(self, data: bytes, draws: np.ndarray) -> np.ndarray: ...
 
 
-class Samples(Dataset):
-    """A map from a Request to its Batch.
+class Samples:
+    """Reads and transforms the samples of a Request into the memory that is given for them.
 
     `substitutes`: a bad sample is replaced by another one of the split, which (seed, epoch, sample) decide, and which
     is then treated as the planned one would have been; otherwise its image is blank and its label UNREADABLE.
@@ -44,32 +41,23 @@ class Samples(Dataset):
         self.seed = seed
         self.substitutes = substitutes
 
-    def __getitem__(self, request: Request) -> Batch | UserError:
-        """An error is handed over like a batch: raised in a worker it would arrive with the worker's traceback."""
-        try:
-            return self._batch(request)
-        except UserError as error:
-            return error
+    def fill(self, request: Request, images: np.ndarray) -> Filled:
+        """Reads the samples of the request; their pixels go into `images` uint8 [B, S, S, 3].
 
-    def _batch(self, request: Request) -> Batch:
+        Raises StoreError, and UserError for a sample whose substitutes are all bad.
+        """
         draws = uniforms(self.seed, request.epoch, request.ids, TRANSFORM_STREAM, self.transform.num_draws)
         bad: list[Replaced] = []
-        samples = [
-            self._sample(sample, row, request.epoch, bad) if sample != PADDING else self._blank()
-            for sample, row in zip(request.ids.tolist(), draws, strict=True)
-        ]
-        images, labels = (list(values) for values in zip(*samples, strict=True))
-        return Batch(
-            default_collate(images).permute(0, 3, 1, 2),  # in a worker, straight into the memory shared with the trainer
-            torch.tensor(labels, dtype=torch.int64),
-            torch.from_numpy(request.ids),
-            request.first,
-            request.step,
-            request.epoch,
-            tuple(bad),
-        )
+        labels = np.full(len(request.ids), UNREADABLE)
+        for place, sample in enumerate(request.ids.tolist()):
+            image = None
+            if sample != PADDING:
+                image, labels[place] = self._sample(sample, draws[place], request.epoch, bad)
+            images[place] = 0 if image is None else image
+        return Filled(labels, tuple(bad))
 
-    def _sample(self, sample: int, draws: np.ndarray, epoch: int, bad: list[Replaced]) -> tuple[Tensor, int]:
+    def _sample(self, sample: int, draws: np.ndarray, epoch: int, bad: list[Replaced]) -> tuple[np.ndarray | None, int]:
+        """The image, None for a bad one that nothing replaces, and its label."""
         errors: list[BadSample] = []
         for candidate in self._candidates(sample, epoch):
             try:
@@ -78,18 +66,14 @@ class Samples(Dataset):
                 errors.append(error)
             else:
                 bad += [Replaced(error, candidate) for error in errors]
-                return torch.from_numpy(image), label
+                return image, label
         if self.substitutes:
             raise UserError(
                 f"sample {sample} and {_MAX_SUBSTITUTES} substitutes of it are bad: most of the split is unreadable. "
                 f"The first: {errors[0]}"
             )
         bad += [Replaced(error, PADDING) for error in errors]
-        return self._blank()
-
-    def _blank(self) -> tuple[Tensor, int]:
-        side = self.transform.image_size
-        return torch.zeros(side, side, 3, dtype=torch.uint8), UNREADABLE
+        return None, UNREADABLE
 
     def _candidates(self, sample: int, epoch: int) -> Iterator[int]:
         yield sample

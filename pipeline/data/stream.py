@@ -41,10 +41,14 @@ class TrainStream:
 
     @contextmanager
     def open(self, start: int, stop: int) -> Iterator[Iterator[list[Batch]]]:
-        """An iterator of one optimizer step's micro-batches after another; workers end with the context."""
+        """An iterator of one optimizer step's micro-batches after another; workers end with the context.
+
+        The images of a step stay as they are until the next step is asked for: their memory is used again.
+        """
+        size = self.plan.global_batch // self.world.size // self.accumulation
         with (
             closing(self.samples.reader.store),
-            load(self.samples, self._announced(start, stop), self.loading) as batches,
+            load(self.samples, self._announced(start, stop), self.loading, size, self.accumulation) as batches,
         ):
             # The same iterator `accumulation` times: consecutive batches make a step.
             yield (list(step) for step in zip(*[batches] * self.accumulation, strict=True))
@@ -113,11 +117,11 @@ class TrainStream:
 @contextmanager
 def evaluation_batches(samples: Samples, batch: int, world: World, loading: Loading) -> Iterator[Iterator[Batch]]:
     """This rank's share of a split, every sample once. All ranks get equally many batches of equal size, as sharded
-    models need; what fills them up has the id PADDING."""
+    models need; what fills them up has the id PADDING. A batch's images stay until the next one is asked for."""
     start, stop = evaluation_share(len(samples.reader), world.rank, world.size)
     largest = -(-len(samples.reader) // world.size)
     ids = np.full(-(-largest // batch) * batch, PADDING, dtype=np.int64)
     ids[: stop - start] = np.arange(start, stop)
     requests = (Request(part, 0, 0, 0) for part in ids.reshape(-1, batch))
-    with load(samples, requests, loading) as batches:
+    with load(samples, requests, loading, batch) as batches:
         yield batches

@@ -16,7 +16,7 @@ _CLASS_NAMES = ("wnid", "class_id", "synset")  # the fields of a json that may n
 _MAX_TEXT_BYTES = 1 << 20
 _MAX_CLASS_NAME = 200
 _MAX_SHOWN = 200
-_META = re.compile(r"__[^/]*__($|/)")
+META = re.compile(r"__[^/]*__($|/)")
 
 
 class Unfit(ValueError):
@@ -94,8 +94,8 @@ def samples_of(file: BinaryIO, end: int | None = None) -> Iterator[TarSample]:
     """
     sample, seen = None, set[str]()
     for member in walk(file, end):
-        key, name = _split_name(member.name)
-        if not name or member.kind == "directory" or _META.match(member.name):
+        key, name = split_name(member.name)
+        if not name or member.kind == "directory" or META.match(member.name):
             continue
         if sample is None or sample.key != key:
             if sample:
@@ -155,7 +155,7 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-def _split_name(name: str) -> tuple[str, str]:
+def split_name(name: str) -> tuple[str, str]:
     """Key and field; no field where the last component has no dot, or begins with one."""
     directory, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")

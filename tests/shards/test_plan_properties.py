@@ -2,16 +2,16 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import Dataset
 
 from pipeline.backend.world import World
-from pipeline.data.batch import Batch
+from pipeline.data.batch import Filled
 from pipeline.data.loading import Loading, load
 from pipeline.data.stream import TrainStream
 from shards.audit import audit_epoch
@@ -103,12 +103,14 @@ def test_seeking_is_dropping(plan, start, data):
         assert expected[1:] == found[1:]
 
 
-class Echo(Dataset):
-    """Gives back what is asked for."""
+class Echo:
+    """In the place of samples: gives back what is asked for, the ids as images of a pixel."""
 
-    def __getitem__(self, request) -> Batch:
-        ids = torch.from_numpy(request.ids)
-        return Batch(ids, ids, ids, request.first, request.step, request.epoch)
+    transform = SimpleNamespace(image_size=1)
+
+    def fill(self, request, images) -> Filled:
+        images[:] = request.ids[:, None, None, None]
+        return Filled(request.ids, ())
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create .* worker processes")
@@ -116,8 +118,8 @@ class Echo(Dataset):
 def test_any_number_of_workers_keeps_the_order(workers):
     plan = Plan(100, FINGERPRINT, 0, 24)
     asked = requests(plan, 1, 2, 3, 2, 9)
-    with load(Echo(), iter(asked), Loading(workers, CPU)) as batches:
-        came = [(batch.ids.tolist(), batch.first, batch.step, batch.epoch) for batch in batches]
+    with load(Echo(), iter(asked), Loading(workers, CPU), batch=4) as batches:
+        came = [(batch.images[:, 0, 0, 0].tolist(), batch.first, batch.step, batch.epoch) for batch in batches]
     assert came == [(ids.tolist(), *rest) for ids, *rest in asked]
 
 
