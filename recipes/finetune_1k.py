@@ -6,7 +6,8 @@ Data:     data/imagenet1k (splits train and val), written by tools/make_shards.p
 Hardware: CUDA; 8 GPUs take 256 (base) or 512 (small) samples each at once. Fewer: raise --data.accumulation.
 Time:     300 epochs of 1,281,167 images; not measured here.
 Top-1:    82.9 % for ViTTM-B is the paper's figure, of weights that began as timm's ViT; not measured here.
-Differs:  erasing is drawn a sample, mixing once a global batch, where the authors draw both once a rank.
+Differs:  erasing is drawn a sample, mixing once a global batch, where the authors draw both once a rank; images take
+          the fast path (README), which resizes to within a level of torchvision's.
 Debug:    --debug trains a model of 32 px on scikit-learn's handwritten digits, on any machine, in a minute.
 """
 
@@ -31,7 +32,13 @@ def _small(model: Model) -> Recipe:
         loss="bce",
         data=Data(path="data/imagenet1k", global_batch=4096, workers=16),
         augment=Augment(
-            randaugment_ops=2, randaugment_magnitude=15, erasing=0.25, mixup=True, cutmix=True, mixup_alpha=0.5
+            decode="fast",
+            randaugment_ops=2,
+            randaugment_magnitude=15,
+            erasing=0.25,
+            mixup=True,
+            cutmix=True,
+            mixup_alpha=0.5,
         ),
         model=dataclasses.replace(model, drop_path_rate=0.1),
         optimizer=Optimizer(weight_decay=0.03),

@@ -6,7 +6,8 @@ Hardware: CUDA; 8 GPUs take 512 samples each at once. Fewer: raise --data.accumu
 Time:     300 epochs of 11,060,223 images; not measured here.
 Top-1:    not known; the authors give none for 21k-P.
 Differs:  from scratch, where the authors' program silently starts from timm's weights; mixing is drawn once a global
-          batch and pairs neighbours, where theirs draws once a rank.
+          batch and pairs neighbours, where theirs draws once a rank; images take the fast path (README), which resizes
+          to within a level of torchvision's.
 Debug:    --debug trains a model of 32 px on the formula-driven images of `make demo`, on any machine, in a minute.
 """
 
@@ -23,7 +24,9 @@ def recipe(model: str) -> Recipe:
         loss="ce",
         ema_decay=0.999,
         data=Data(path="data/imagenet21k-p", global_batch=4096, workers=16),
-        augment=Augment(image_size=224, randaugment_ops=2, randaugment_magnitude=15, mixup=True, mixup_alpha=0.5),
+        augment=Augment(
+            image_size=224, decode="fast", randaugment_ops=2, randaugment_magnitude=15, mixup=True, mixup_alpha=0.5
+        ),
         model=Model(
             name=model,
             memory_ps=28,

@@ -116,7 +116,7 @@ class _Tar:
             name = fields.get(b"GNU.sparse.name") or fields.get(b"path") or name
             size = _decimal(fields[b"size"]) if fields.get(b"size") else size
             kind = "other" if b"sparse" in fields else kind
-        if kind == "directory" or (kind == "file" and name.endswith(b"/")):  # v7 had no flag for directories
+        if kind == "directory" or (flag == 0 and name.endswith(b"/")):  # v7 had no flag for directories
             name, kind, size = name.rstrip(b"/"), "directory", 0
         return Member(name.decode("utf-8", "surrogateescape"), content, 0 if flag in _BODILESS else size, kind)
 
