@@ -105,6 +105,16 @@ def test_workers_leave_signals_to_the_trainer(stream_of):
     assert worker.exitcode == 0
 
 
+def test_too_little_shared_memory_is_told_before_work(recipe):
+    large = dataclasses.replace(recipe, augment=Augment(image_size=4096))
+    validation = make_input(large, *open_data(recipe.data.path), rank_of(0, 1)).validation
+    with (
+        pytest.raises(UserError, match="3 batches of 1000 images of 4096 x 4096 pixels need 144,000 MiB of sh"),
+        evaluation_batches(validation, 1000, rank_of(0, 1), Loading(1, CPU)),
+    ):
+        pass
+
+
 def test_a_state_of_other_data_is_refused(stream_of):
     stream = stream_of()
     assert stream.state(7) | {"fingerprint": ""} == {

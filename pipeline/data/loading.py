@@ -1,5 +1,6 @@
 """Workers, and the way of their batches to the device."""
 
+import math
 import multiprocessing
 import os
 import shutil
@@ -122,17 +123,17 @@ def _unchanged(answer: T) -> T:
 
 def _make_room(number: int, batch: int, side: int, loading: Loading) -> Tensor:
     """Memory for the images of so many batches; UserError where workers could not share it with the trainer."""
-    slots = torch.empty(number, batch, side, side, 3, dtype=torch.uint8)
+    shape = (number, batch, side, side, 3)
     if not loading.workers:
-        return slots
-    there = shutil.disk_usage(_SHARED_MEMORY).free
-    if slots.nbytes > there:
+        return torch.empty(shape, dtype=torch.uint8)
+    needed, there = math.prod(shape), shutil.disk_usage(_SHARED_MEMORY).free
+    if needed > there:
         raise UserError(
-            f"{number} batches of {batch} images of {side} x {side} pixels need {slots.nbytes / 2**20:,.0f} MiB of "
-            f"shared memory, and {_SHARED_MEMORY} has {there / 2**20:,.0f} MiB left: give it more (docker run "
-            "--shm-size), or take fewer data.workers or smaller micro-batches"
+            f"{number} batches of {batch} images of {side} x {side} pixels need {needed / 2**20:,.0f} MiB of shared "
+            f"memory, and {_SHARED_MEMORY} has {there / 2**20:,.0f} MiB left: give it more (docker run --shm-size), or "
+            "take fewer data.workers or smaller micro-batches"
         )
-    return slots.share_memory_()
+    return torch.empty(shape, dtype=torch.uint8).share_memory_()
 
 
 def _moved(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
