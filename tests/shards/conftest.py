@@ -1,13 +1,15 @@
 """Real class folders of small images, and shards made of them."""
 
 import io
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import settings
 from PIL import Image
+from remote_server import Server, serve
 
 from shards.engine import open_engine
 from shards.index import Index
@@ -59,9 +61,24 @@ def source(tmp_path: Path) -> Path:
     return make_folders(tmp_path / "source")
 
 
+@pytest.fixture(scope="session")
+def written_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of the same images as `source`."""
+    root = tmp_path_factory.mktemp("once")
+    return write(make_folders(root / "source"), root / "out").root
+
+
 @pytest.fixture
-def index(source: Path, tmp_path: Path) -> Index:
-    return write(source, tmp_path / "out")
+def index(written_once: Path, tmp_path: Path) -> Index:
+    """A copy of them, which a test may damage."""
+    return Index.load(shutil.copytree(written_once, tmp_path / "out"))
+
+
+@pytest.fixture
+def server(index: Index) -> Iterator[Server]:
+    """The copy, served over HTTP."""
+    with serve(index.root) as running:
+        yield running
 
 
 @pytest.fixture

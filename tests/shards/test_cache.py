@@ -18,7 +18,6 @@ from remote_server import broken_after, cut_to, other_bytes, serve, status, stuc
 from shards.cache import CachedStore
 from shards.cache_directory import REMEMBERED_SECONDS, CacheDirectory, cached_name
 from shards.errors import UserError
-from shards.index import Index
 from shards.reader import Reader
 from shards.remote import Remote, Retry
 from shards.remote_index import fetch_index
@@ -29,21 +28,6 @@ FORKSERVER = multiprocessing.get_context("forkserver")
 NAMES = [f"train-{number:06d}.tar" for number in range(5)]
 FIRST = NAMES[0]
 CHUNK = 4096
-
-
-@pytest.fixture
-def index(folders, written, tmp_path_factory, tmp_path):
-    """A copy of shards that are written once."""
-    root = tmp_path_factory.getbasetemp() / "remote"
-    if not root.exists():
-        written(folders(tmp_path_factory.mktemp("source") / "source"), root)
-    return Index.load(shutil.copytree(root, tmp_path / "out"))
-
-
-@pytest.fixture
-def server(index):
-    with serve(index.root) as running:
-        yield running
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import fsspec
 import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
-from remote_server import broken_after, cut_to, serve, status, stuck_until, without_ranges
+from remote_server import broken_after, cut_to, status, stuck_until, without_ranges
 
 from shards import remote_index
 from shards.errors import UserError
@@ -24,21 +24,6 @@ from shards.store import StoreError, StoreOptions, open_data
 RETRY = Retry(tries=3, wait=0.01, timeout=0.2)
 PATIENT = Retry(tries=3, wait=0.01, timeout=10)  # botocore takes a while to begin
 SHARD = "train-000000.tar"
-
-
-@pytest.fixture
-def index(folders, written, tmp_path_factory, tmp_path):
-    """A copy of shards that are written once."""
-    root = tmp_path_factory.getbasetemp() / "remote"
-    if not root.exists():
-        written(folders(tmp_path_factory.mktemp("source") / "source"), root)
-    return Index.load(shutil.copytree(root, tmp_path / "out"))
-
-
-@pytest.fixture
-def server(index):
-    with serve(index.root) as running:
-        yield running
 
 
 @pytest.fixture
