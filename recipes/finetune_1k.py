@@ -7,7 +7,7 @@ Hardware: CUDA; 8 GPUs take 256 (base) or 512 (small) samples each at once. Fewe
 Time:     300 epochs of 1,281,167 images; not measured here.
 Top-1:    82.9 % for ViTTM-B is the paper's figure, of weights that began as timm's ViT; not measured here.
 Differs:  erasing is drawn a sample, mixing once a global batch, where the authors draw both once a rank; images take
-          the fast path (README), which resizes to within a level of torchvision's.
+          the fast path (README), whose resize is rounded otherwise than torchvision's.
 Debug:    --debug trains a model of 32 px on scikit-learn's handwritten digits, on any machine, in a minute.
 """
 

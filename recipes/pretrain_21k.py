@@ -6,8 +6,8 @@ Hardware: CUDA; 8 GPUs take 512 samples each at once. Fewer: raise --data.accumu
 Time:     300 epochs of 11,060,223 images; not measured here.
 Top-1:    not known; the authors give none for 21k-P.
 Differs:  from scratch, where the authors' program silently starts from timm's weights; mixing is drawn once a global
-          batch and pairs neighbours, where theirs draws once a rank; images take the fast path (README), which resizes
-          to within a level of torchvision's.
+          batch and pairs neighbours, where theirs draws once a rank; images take the fast path (README), whose
+          resize is rounded otherwise than torchvision's.
 Debug:    --debug trains a model of 32 px on the formula-driven images of `make demo`, on any machine, in a minute.
 """
 

@@ -2,7 +2,7 @@
 
 Decoding and RandAugment give the bits of the exact path. The resize is the same antialiased triangle filter, rounded
 otherwise: torch's on uint8, or OpenCV's INTER_LINEAR where no side shrinks and there is nothing to antialias. So before
-RandAugment no value is off by more than a level.
+RandAugment values are a level off at most, but for one in millions (tools/bench_decode.py).
 
 Shapes: S side of a square image.
 """
@@ -35,7 +35,7 @@ class FastTrainTransform(Choices):
 
 
 def resize(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    """uint8 [H, W, 3] -> [side, side, 3] by the triangle filter, as Pillow's BILINEAR, to within a level."""
+    """uint8 [H, W, 3] -> [side, side, 3] by the triangle filter, as Pillow's BILINEAR but for rounding."""
     height, width, _ = pixels.shape
     if max(height, width) <= side:
         return np.asarray(cv2.resize(pixels, (side, side), interpolation=cv2.INTER_LINEAR), np.uint8)
