@@ -13,6 +13,7 @@ Prints a table, and appends a JSON line. Needs `python tools/demo.py --data-only
 import argparse
 import io
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -49,10 +50,12 @@ PATHS: dict[str, type[TrainTransform] | type[FastTrainTransform]] = {
 }
 SIZES = ((500, 375), (224, 224))
 RECIPE_FILE = "recipes/finetune_1k.py"  # its debug form, with the settings that recipes/demo.py fine-tunes with
-SETTINGS = """--debug --loss ce --ema-decay 0.95 --data.global-batch 64 --data.workers 1
+SETTINGS = shlex.split(
+    """--debug --loss ce --ema-decay 0.95 --data.global-batch 64 --data.workers 1
     --augment.crop-scale 0.6 1.0 --augment.randaugment-ops 0 --augment.erasing 0 --augment.no-mixup --augment.no-cutmix
     --model.process-ps 16 --model.embed-dim 64 --model.depth 4 --model.num-heads 2 --model.drop-path-rate 0
-    --optimizer.weight-decay 0.05 --schedule.lr 3e-3 --schedule.min-lr 1e-6 --evaluation.every 100%""".split()
+    --optimizer.weight-decay 0.05 --schedule.lr 3e-3 --schedule.min-lr 1e-6 --evaluation.every 100%"""
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
