@@ -47,8 +47,8 @@ class Augment:
     image_size: int = 224
     """Side of the square image that enters the model, in pixels."""
     decode: Literal["exact", "fast"] = "exact"
-    """Training images through Pillow and torchvision, or through crop decoding and uint8 arrays: the same to within a
-    few levels, see the README."""
+    """Training images through Pillow and torchvision, or, about twice as quick, through crop decoding and uint8 arrays,
+    whose resize is rounded otherwise."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Range of the crop's share of the image area."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
