@@ -55,8 +55,7 @@ class Evaluator:
             for name, logits in zip(self.head_names, outputs, strict=True):
                 counts = torch.stack([*_scores(logits.float(), labels)])[:, kept].double().sum(dim=1)
                 totals[prefix + name] = totals.get(prefix + name, 0) + counts
-        unreadable = known & (batch.labels == UNREADABLE).cpu()
-        counted = torch.stack([known.sum(), unreadable.sum()]).double()
+        counted = torch.tensor([known.sum(), len(batch.bad)], dtype=torch.float64)  # on the CPU: it waits for no device
         totals["samples"] = totals.get("samples", 0) + counted
 
     def _reduce(self, totals: dict[str, Tensor]) -> dict[str, float]:

@@ -19,12 +19,17 @@ from pipeline.data.stream import evaluation_batches
 from pipeline.prepare import Run, prepare
 from pipeline.recipe import Recipe, Runtime, flatten
 from pipeline.record import forget_outcome, last_step, read_outcome, write_outcome
+from shards.crop import has_crop_decode
 from shards.durable import atomic_file
 from shards.errors import UserError
 
 EXIT_CODES = {"done": 0, "requeue": 75}
 EXIT_DEFECT = 1
 EXIT_USER_ERROR = 2
+WHOLE_IMAGES = (
+    "augment.decode fast decodes whole images here, to the same pixels, more slowly: crop decoding was not built; "
+    "install libjpeg-turbo's headers (Debian: libjpeg62-turbo-dev) and this package again"
+)
 
 
 def fit(recipe: Recipe, world: World) -> str:
@@ -52,6 +57,7 @@ def describe(run: Run) -> str:
         f"{world.size} x {world.device.type}; {plan.num_samples:,} samples; a step takes {plan.global_batch} = "
         f"{world.size} ranks x {recipe.data.accumulation} micro-batches x {share}; steps {run.progress.start} to "
         f"{run.durations.total}, {plan.batches_per_epoch} an epoch\n{run.input.stream.describe()}"
+        + ("" if recipe.augment.decode == "exact" or has_crop_decode() else f"\n{WHOLE_IMAGES}")
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import FrameType
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from accelerate import PartialState
 
 from shards.errors import UserError
 
+T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -50,14 +52,14 @@ class World:
             dist.all_reduce(total)
         return total.tolist()
 
-    def gather(self, value: object) -> list[object]:
+    def gather(self, value: T) -> list[T]:
         """The value of every rank, in rank order."""
-        values: list[object] = [value] * self.size
+        values = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value)
         return values
 
-    def from_main(self, value: object) -> object:
+    def from_main(self, value: T) -> T:
         """Rank 0's value, on every rank."""
         box = [value]
         if self.size > 1:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from pipeline.backend.world import World
 from pipeline.data.batch import Batch
@@ -22,14 +23,14 @@ class Quarantine:
 
     def __init__(self, run_dir: Path, world: World, split: str, budget: int) -> None:
         self._path, self._world, self._split, self._budget = run_dir / QUARANTINE, world, split, budget
-        self._lines: dict[tuple[str, int], dict[str, object]] = {}
-        self._new: dict[tuple[str, int], dict[str, object]] = {}
+        self._lines: dict[tuple[str, int], dict[str, Any]] = {}
+        self._new: dict[tuple[str, int], dict[str, Any]] = {}
 
     def resume(self, step: int) -> None:
         """Takes up what was met up to `step`; what came later will be met again."""
         lines = _read(self._path) if self._world.is_main else []
-        kept = self._world.from_main([line for line in lines if line["step"] <= step])  # type: ignore[operator]
-        self._lines = {_identity(line): line for line in kept}  # type: ignore[attr-defined]
+        kept = self._world.from_main([line for line in lines if line["step"] <= step])
+        self._lines = {_identity(line): line for line in kept}
         if len(lines) > len(self._lines):
             self._write()
 
@@ -59,7 +60,7 @@ class Quarantine:
 
     def _share(self) -> None:
         for lines in self._world.gather(list(self._new.values())):
-            self._lines |= {_identity(line): line for line in lines}  # type: ignore[attr-defined]
+            self._lines |= {_identity(line): line for line in lines}
         self._new.clear()
         if self._world.is_main:
             self._write()
@@ -81,9 +82,9 @@ class Quarantine:
             file.write("".join(json.dumps(line) + "\n" for line in self._lines.values()).encode())
 
 
-def _identity(line: dict[str, object]) -> tuple[str, int]:
-    return line["split"], line["sample"]  # type: ignore[return-value]
+def _identity(line: dict[str, Any]) -> tuple[str, int]:
+    return line["split"], line["sample"]
 
 
-def _read(path: Path) -> list[dict[str, object]]:
+def _read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -105,7 +105,7 @@ class TrainStream:
     def check_disjoint(self) -> None:
         """Raises UserError where two ranks would train on the same samples (a stream sharded twice, or not at all)."""
         ids = next(self.requests(0, 1)).ids.tolist()
-        everyone = [sample for rank in self.world.gather(ids) for sample in rank]  # type: ignore[attr-defined]
+        everyone = [sample for rank in self.world.gather(ids) for sample in rank]
         if len(set(everyone)) < len(everyone):
             raise UserError(
                 f"the first micro-batches of the {self.world.size} ranks hold {len(everyone)} samples, but only "
