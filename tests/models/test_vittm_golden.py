@@ -49,7 +49,7 @@ def test_patch_embed_alone_is_the_memory_embedder(small):
     assert list(remap_upstream_state_dict(beside, small)) == ["memory_embedder.proj.bias"]
 
 
-def test_keys_without_meaning_are_left_for_the_strict_load_to_name(small):
+def test_weights_that_the_model_has_not_are_left_for_the_strict_load_to_name(small):
     ours = remap_upstream_state_dict(small.state_dict() | {"mem_blocks.0.norm.weight": torch.zeros(24)}, small)
-    with pytest.raises(RuntimeError, match=r"Unexpected key.*mem_blocks\.0\.norm\.weight"):
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*layers\.0\.memory_block\.norm\.weight"):
         small.load_state_dict(ours)

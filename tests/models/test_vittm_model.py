@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.models.vittm import ViTTM
+from pipeline.models.vittm.fusion import Residual
 from pipeline.models.vittm.heads import LinearHead
 from shards.errors import UserError
 
@@ -135,7 +136,8 @@ def test_lin_head_keeps_small_features_in_bf16():
 def _layer_results(layer: torch.nn.Module, weights: torch.nn.Module) -> list[torch.Tensor]:
     """The two streams that `layer` gives, and the gradients of `weights`."""
     generator = torch.Generator().manual_seed(2)
-    streams = layer(torch.randn(2, 64, 24, generator=generator), torch.randn(2, 16, 24, generator=generator))
+    tokens = (torch.randn(2, 64, 24, generator=generator), torch.randn(2, 16, 24, generator=generator))
+    streams = layer(*tokens, Residual(), Residual())
     sum(stream.square().sum() for stream in streams).backward()
     gradients = [parameter.grad for parameter in weights.parameters()]
     weights.zero_grad(set_to_none=True)
@@ -158,11 +160,11 @@ def test_refusals_name_the_value_the_reason_and_the_remedy():
     _refused("ViTTM has no option 'process_embedded_type'", process_embedded_type="patch")
     _refused("did you mean 'process_embedder_type'?", process_embedded_type="patch")
     _refused("it has attn_drop_rate, depth,", qqq=1)
-    _refused("rw_head_type='tl' is not available in ViTTM; it has 'lin'.", rw_head_type="tl")
-    _refused("fusion_type='erase' is not available in ViTTM; it has 'residual'.", fusion_type="erase")
     _refused(
-        "process_embedder_type='latent' is not available in ViTTM; it has 'patch'.", process_embedder_type="latent"
+        "rw_head_type='tp' is not available in ViTTM; it has 'lin', 'ca', 'la', 'lca', 'tl', 'dyna'.", rw_head_type="tp"
     )
+    _refused("fusion_type='add' is not available in ViTTM; it has 'residual', 'erase', 'add_erase'.", fusion_type="add")
+    _refused("process_embedder_type='linear' is not available in ViTTM; it has", process_embedder_type="linear")
     _refused("global_pool='max' is not available in ViTTM; it has 'avg', 'token'.", global_pool="max")
     _refused("memory_ps=28 and process_ps=28 must both divide 225; the nearest that works is 224 or 252.", img_size=225)
     _refused("the nearest that works is 224 or 336.", img_size=280, memory_ps=16)
@@ -179,7 +181,8 @@ def test_an_image_that_the_patches_do_not_divide_is_refused(small):
 
 
 def test_timm_finds_the_models_and_their_preprocessing():
-    assert set(timm.list_models("vittm_*")) == {"vittm_tiny", "vittm_small", "vittm_base", "vittm_large"}
+    sizes = ("tiny", "small", "base", "large")
+    assert set(timm.list_models("*ittm_*")) == {f"{family}_{size}" for family in ("vittm", "deittm") for size in sizes}
     model = timm.create_model("vittm_tiny", num_classes=3, drop_path_rate=None)
     assert (model.num_classes, model.num_features, model.pretrained_cfg["crop_pct"]) == (3, 192, 0.875)
     with pytest.raises(RuntimeError, match="No pretrained weights exist for vittm_tiny"):

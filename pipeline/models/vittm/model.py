@@ -4,57 +4,53 @@ Shapes: B batch, Nm/Np memory/process tokens, D width, H heads.
 """
 
 import inspect
+from collections.abc import Sequence
 from functools import partial
 from math import prod
-from typing import Any
 
 import torch
 from timm.layers import PatchDropout, to_2tuple
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import checkpoint
 from timm.models.vision_transformer import Block
-from torch import nn
+from torch import Tensor, nn
 
-from pipeline.models.vittm.checks import check_choice, check_divides, check_image_size, check_known
-from pipeline.models.vittm.embed import PatchEmbedder, positions_for
-from pipeline.models.vittm.heads import RW_HEADS
+from pipeline.models.vittm.checks import (
+    check_choice,
+    check_divides,
+    check_exclusions,
+    check_image_size,
+    check_known,
+    check_same_tokens,
+    sized_by_tokens,
+)
+from pipeline.models.vittm.embed import EmbedOptions, Grid, positions_for
+from pipeline.models.vittm.fusion import build_fusion
+from pipeline.models.vittm.heads import HeadOptions
+from pipeline.models.vittm.layer import Layer, LayerNorm
+from pipeline.models.vittm.memory import MemoryOptions
+from pipeline.models.vittm.timm_interface import TimmInterface
 
 EVAL_HEADS = ("memory", "process", "mean", "both")
-_LayerNorm = partial(nn.LayerNorm, eps=1e-6)
-_Pair = tuple[torch.Tensor, torch.Tensor]
+_Pair = tuple[Tensor, Tensor]
 
 
-class Layer(nn.Module):
-    """Read from memory, think, write to memory: the unit of sharding, compilation and activation checkpointing."""
-
-    def __init__(self, dim: int, read_head: nn.Module, block: nn.Module, write_head: nn.Module) -> None:
-        super().__init__()
-        self.read_norm = _LayerNorm(dim)
-        self.read_head = read_head
-        self.block = block
-        self.write_norm = _LayerNorm(dim)
-        self.write_head = write_head
-
-    def forward(self, memory: torch.Tensor, process: torch.Tensor) -> _Pair:
-        """memory (B, Nm, D), process (B, Np, D) -> the same. The norms replace the streams: no skip goes round them."""
-        memory, process = self.read_norm(memory), self.read_norm(process)
-        process = process + self.read_head(source=memory, query=process)
-        process = self.block(process)
-        memory, process = self.write_norm(memory), self.write_norm(process)
-        memory = memory + self.write_head(source=process, query=memory)
-        return memory, process
-
-
-class ViTTM(nn.Module):
+class ViTTM(TimmInterface):
     """Two streams of tokens of one image, each with a classifier; only process tokens run through transformer blocks.
 
-    Sizes of images and patches (`img_size`, `memory_ps`, `process_ps`) are in pixels. Both streams read and write by
-    `rw_head_type` heads with queries and keys of width D / `latent_size_scale`. Drop rates: `drop_rate` before the
-    classifiers, `pos_drop_rate` after the positions, `patch_drop_rate` on process tokens, `proj_drop_rate`,
-    `attn_drop_rate` and `drop_path_rate` (growing with depth) inside the blocks. `init_values` turns LayerScale on.
-    `global_pool` "token" moves the memory norm before the pooling, which is a mean either way. `eval_head` says what
-    `forward` returns in eval mode, and may be set at any time. `num_classes` 0 gives features in place of logits.
+    Sizes of images and patches (`img_size`, `memory_ps`, `process_ps`) are in pixels. Process tokens are patches,
+    memory tokens averaged to `process_tokens` x `process_tokens` ("downsample"), or `process_tokens` learned vectors
+    ("latent"). Streams read and write by heads (`rw_head_type`): lin, la and lca with queries and keys of width
+    D / `latent_size_scale`, ca, tl, and dyna with `dyna_num_heads` heads of `reduced_dim` features a token, over both
+    streams or, without `dyna_concat`, the source alone. `fusion_type` says how what was read joins its stream, and
+    `memory_blocks` ("mlp" with `memory_mlp_ratio`, "conv" with its depths and downsamplings) what memory goes through.
 
-    Raises UserError for options that are unknown, not available, or do not divide as they must.
+    Drop rates: `drop_rate` before the classifiers, `pos_drop_rate` after the positions, `patch_drop_rate` on process
+    tokens, `proj_drop_rate`, `attn_drop_rate` and `drop_path_rate` (growing with depth) inside the blocks.
+    `init_values` turns LayerScale on. `global_pool` "token" moves the memory norm before the pooling, which is a mean
+    either way. `eval_head` says what `forward` returns in eval mode, and may be set at any time. `num_classes` 0 gives
+    features in place of logits.
+
+    Raises UserError for options that are unknown, do not divide as they must, or exclude each other.
     """
 
     def __init__(  # noqa: PLR0913 - timm's convention for models
@@ -69,10 +65,19 @@ class ViTTM(nn.Module):
         mlp_ratio: float = 4.0,
         memory_ps: int = 28,
         process_ps: int = 28,
+        process_tokens: int | None = None,
         process_embedder_type: str = "patch",
         rw_head_type: str = "lin",
         latent_size_scale: int = 4,
         fusion_type: str = "residual",
+        memory_blocks: str | None = None,
+        memory_mlp_ratio: float = 0.5,
+        memory_encoder_depths: Sequence[int] = (3, 3),
+        memory_encoder_downsamples: Sequence[int] = (2, 1),
+        memory_decoder_depths: Sequence[int] = (3, 3),
+        reduced_dim: int = 2,
+        dyna_num_heads: int = 16,
+        dyna_concat: bool = True,
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
         patch_drop_rate: float = 0.0,
@@ -86,63 +91,85 @@ class ViTTM(nn.Module):
     ) -> None:
         super().__init__()
         check_known(unknown, inspect.signature(ViTTM).parameters.keys() - {"unknown"})
-        check_choice("process_embedder_type", process_embedder_type, ("patch",))
-        check_choice("rw_head_type", rw_head_type, RW_HEADS)
-        check_choice("fusion_type", fusion_type, ("residual",))
-        check_choice("global_pool", global_pool, ("avg", "token"))
         check_choice("eval_head", eval_head, EVAL_HEADS)
+        check_exclusions(fusion_type, rw_head_type, dyna_concat, patch_drop_rate)
         check_divides("num_heads", num_heads, "embed_dim", embed_dim, "a head takes an equal share of the width")
-        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
-        self.eval_head = eval_head
-
-        self._build_embedders(to_2tuple(img_size), in_chans, memory_ps, process_ps)
-        self.pos_drop = nn.Dropout(pos_drop_rate)
-        self.patch_drop = PatchDropout(patch_drop_rate, num_prefix_tokens=0)
-        head = partial(RW_HEADS[rw_head_type], embed_dim, num_heads, latent_size_scale)
+        embed = EmbedOptions(
+            to_2tuple(img_size), in_chans, memory_ps, process_ps, process_tokens, process_embedder_type
+        )
+        heads = HeadOptions(rw_head_type, num_heads, latent_size_scale, reduced_dim, dyna_num_heads, dyna_concat)
+        stages = (tuple(memory_encoder_depths), tuple(memory_encoder_downsamples), tuple(memory_decoder_depths))
+        memory = MemoryOptions(memory_blocks, memory_mlp_ratio, *stages)
         block = partial(
             Block, embed_dim, num_heads, mlp_ratio, qkv_bias=True, proj_drop=proj_drop_rate, attn_drop=attn_drop_rate,
-            init_values=init_values, norm_layer=_LayerNorm,  # type: ignore[arg-type] # timm takes any callable
+            init_values=init_values, norm_layer=LayerNorm,  # type: ignore[arg-type] # timm takes any callable
         )  # fmt: skip
-        rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
-        self.layers = nn.ModuleList(Layer(embed_dim, head(), block(drop_path=rate), head()) for rate in rates)
-        self._build_classifiers(num_classes, global_pool, drop_rate)
+        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.eval_head, self.grad_checkpointing = eval_head, False
+        self.pos_drop, self.head_drop = nn.Dropout(pos_drop_rate), nn.Dropout(drop_rate)
+        self.patch_drop = PatchDropout(patch_drop_rate, num_prefix_tokens=0)
+        self._build_embedders(embed)
+        blocks = [block(drop_path=rate) for rate in _growing(drop_path_rate, depth)]
+        self._build_layers(blocks, heads, fusion_type, memory)
+        self._build_classifiers(num_classes, global_pool)
         self._init_weights()
 
-    def _build_embedders(self, image_size: tuple[int, int], in_chans: int, memory_ps: int, process_ps: int) -> None:
-        check_image_size(image_size, memory_ps, process_ps)
-        self.memory_embedder = PatchEmbedder(memory_ps, in_chans, self.embed_dim)
-        self.process_embedder = PatchEmbedder(process_ps, in_chans, self.embed_dim)
-        self.memory_grid = self.memory_embedder.grid(image_size)
-        self.process_grid = self.process_embedder.grid(image_size)
-        self.memory_pos_embed = nn.Parameter(torch.empty(1, prod(self.memory_grid), self.embed_dim))
-        self.process_pos_embed = nn.Parameter(torch.empty(1, prod(self.process_grid), self.embed_dim))
+    def _build_embedders(self, options: EmbedOptions) -> None:
+        self.patch_sizes = options.patch_sizes
+        self.memory_embedder = options.build_memory(self.embed_dim)
+        self.process_embedder = options.build_process(self.embed_dim)
+        self.grids = self.grids_of(options.image_size)
+        self.memory_pos_embed, self.process_pos_embed = (
+            nn.Parameter(torch.empty(1, prod(grid), self.embed_dim)) for grid in self.grids
+        )
 
-    def _build_classifiers(self, num_classes: int, global_pool: str, drop_rate: float) -> None:
-        averaging = global_pool == "avg"
-        self.norm = nn.Identity() if averaging else _LayerNorm(self.embed_dim)
-        self.process_norm = _LayerNorm(self.embed_dim)
-        self.fc_norm = _LayerNorm(self.embed_dim) if averaging else nn.Identity()
-        self.fc_norm_process = _LayerNorm(self.embed_dim)
-        self.head_drop = nn.Dropout(drop_rate)
+    def _build_layers(self, blocks: list[Block], heads: HeadOptions, fusion_type: str, memory: MemoryOptions) -> None:
+        """The layers, and a fusion for each direction, which all of them share."""
+        num_memory, num_process = map(prod, self.grids)
+        num_written = memory.num_written(num_memory)
+        self.read_fusion = build_fusion(fusion_type, self.embed_dim, num_process)
+        self.write_fusion = build_fusion(fusion_type, self.embed_dim, num_written)
+        self.sized_by = sized_by_tokens(fusion_type, heads.rw_head_type)
+        read = partial(heads.build, self.embed_dim, num_source=num_memory, num_query=num_process)
+        write = partial(heads.build, self.embed_dim, num_source=num_process, num_query=num_written)
+        self.layers = nn.ModuleList(
+            Layer(self.embed_dim, read(), block, write(), memory.build(self.embed_dim)) for block in blocks
+        )
+
+    def _build_classifiers(self, num_classes: int, global_pool: str) -> None:
+        self.process_norm = LayerNorm(self.embed_dim)
+        self.fc_norm_process = LayerNorm(self.embed_dim)
+        self._build_memory_norms(global_pool)
         self.reset_classifier(num_classes)
+
+    def _build_memory_norms(self, global_pool: str) -> None:
+        check_choice("global_pool", global_pool, ("avg", "token"))
+        table = self.memory_pos_embed
+        norm = LayerNorm(self.embed_dim, device=table.device, dtype=table.dtype)
+        self.global_pool = global_pool
+        self.norm, self.fc_norm = (nn.Identity(), norm) if global_pool == "avg" else (norm, nn.Identity())
 
     def _init_weights(self) -> None:
         """What differs from PyTorch's own initialisation; the classifiers are zero already."""
         for table in (self.memory_pos_embed, self.process_pos_embed):
             nn.init.trunc_normal_(table, std=0.02)
-        for module in self.layers.modules():
+        for module in (*self.layers.modules(), *self.read_fusion.modules(), *self.write_fusion.modules()):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.process_embedder.proj.weight)
-        nn.init.zeros_(self.process_embedder.proj.bias)  # type: ignore[arg-type] # it has one
+        self.process_embedder.init_process()
 
     def get_classifier(self) -> tuple[nn.Module, nn.Module]:
         """The classifiers of memory and process."""
         return self.head, self.process_head
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """Give both streams a new classifier, zero so that the first loss is ln(num_classes) each; 0 removes them."""
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Give both streams a new classifier, zero so that the first loss is ln(num_classes) each; 0 removes them.
+
+        Another `global_pool` than the present one also brings a new norm of memory.
+        """
+        if global_pool not in (None, self.global_pool):
+            self._build_memory_norms(global_pool)
         self.num_classes = num_classes
         self.head = self._new_classifier()
         self.process_head = self._new_classifier()
@@ -156,33 +183,44 @@ class ViTTM(nn.Module):
         nn.init.zeros_(head.bias)
         return head
 
-    def embed(self, images: torch.Tensor) -> _Pair:
+    def embed(self, images: Tensor) -> _Pair:
         """(B, in_chans, height, width) -> memory (B, Nm, D), process (B, Np, D), with their positions.
 
-        Raises UserError for an image that the patch sizes do not divide.
+        Raises UserError for an image that the patch sizes do not divide, and for one of another size than `img_size`
+        where weights are sized by the number of tokens.
         """
         size = (images.shape[-2], images.shape[-1])
-        check_image_size(size, self.memory_embedder.patch_size, self.process_embedder.patch_size)
-        memory_pos = positions_for(self.memory_pos_embed, self.memory_grid, self.memory_embedder.grid(size))
-        process_pos = positions_for(self.process_pos_embed, self.process_grid, self.process_embedder.grid(size))
-        memory = self.pos_drop(self.memory_embedder(images) + memory_pos)
-        process = self.pos_drop(self.process_embedder(images) + process_pos)
+        check_image_size(size, self.patch_sizes)
+        grids = self.grids_of(size)
+        check_same_tokens(self.sized_by, self.grids, grids)
+        memory = self.memory_embedder(images)
+        process = self.process_embedder(images, memory, grids[0])
+        memory = self.pos_drop(memory + positions_for(self.memory_pos_embed, self.grids[0], grids[0]))
+        process = self.pos_drop(process + positions_for(self.process_pos_embed, self.grids[1], grids[1]))
         return memory, self.patch_drop(process)
 
-    def forward_features(self, x: torch.Tensor) -> _Pair:
+    def grids_of(self, image_size: Grid) -> tuple[Grid, Grid]:
+        """Of memory and process tokens."""
+        return self.memory_embedder.grid(image_size), self.process_embedder.grid(image_size)
+
+    def forward_features(self, x: Tensor) -> _Pair:
         """Images (B, in_chans, height, width) -> memory (B, Nm, D), process (B, Np, D); UserError as in `embed`."""
         memory, process = self.embed(x)
         for layer in self.layers:
-            memory, process = layer(memory, process)
+            memory, process = self.run_layer(layer, memory, process)
         return self.norm(memory), self.process_norm(process)
 
-    def forward_head(self, memory: torch.Tensor, process: torch.Tensor, pre_logits: bool = False) -> _Pair:
+    def run_layer(self, layer: nn.Module, memory: Tensor, process: Tensor) -> _Pair:
+        arguments = (memory, process, self.read_fusion, self.write_fusion)
+        return checkpoint(layer, *arguments) if self.grad_checkpointing else layer(*arguments)
+
+    def forward_head(self, memory: Tensor, process: Tensor, pre_logits: bool = False) -> _Pair:
         """memory (B, Nm, D), process (B, Np, D) -> logits (B, num_classes) of each, or (B, D) with `pre_logits`."""
         memory = self.head_drop(self.fc_norm(memory.mean(dim=1)))
         process = self.head_drop(self.fc_norm_process(process.mean(dim=1)))
         return (memory, process) if pre_logits else (self.head(memory), self.process_head(process))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor | _Pair:
+    def forward(self, x: Tensor) -> Tensor | _Pair:
         """Images -> (memory logits, process logits) in training; in eval mode what `eval_head` asks for.
 
         "memory" and "process" give one tensor (B, num_classes), "mean" the mean of the two, "both" the pair.
@@ -196,39 +234,6 @@ class ViTTM(nn.Module):
         return memory if self.eval_head == "memory" else process
 
 
-_SIZES: dict[str, dict[str, Any]] = {
-    "vittm_tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
-    "vittm_small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
-    "vittm_base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
-    "vittm_large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
-}
-_CFG = {"crop_pct": 224 / 256, "classifier": ("head", "process_head")}
-default_cfgs = generate_default_cfgs({name: _CFG for name in _SIZES})
-
-
-def _create(name: str, pretrained: bool, keywords: dict[str, Any]) -> ViTTM:
-    return build_model_with_cfg(ViTTM, name, pretrained, **{**_SIZES[name], **keywords})
-
-
-@register_model
-def vittm_tiny(pretrained: bool = False, **keywords: Any) -> ViTTM:
-    """ViTTM with the width, depth and heads of ViT-Ti."""
-    return _create("vittm_tiny", pretrained, keywords)
-
-
-@register_model
-def vittm_small(pretrained: bool = False, **keywords: Any) -> ViTTM:
-    """ViTTM with the width, depth and heads of ViT-S."""
-    return _create("vittm_small", pretrained, keywords)
-
-
-@register_model
-def vittm_base(pretrained: bool = False, **keywords: Any) -> ViTTM:
-    """ViTTM with the width, depth and heads of ViT-B."""
-    return _create("vittm_base", pretrained, keywords)
-
-
-@register_model
-def vittm_large(pretrained: bool = False, **keywords: Any) -> ViTTM:
-    """ViTTM with the width, depth and heads of ViT-L."""
-    return _create("vittm_large", pretrained, keywords)
+def _growing(rate: float, depth: int) -> list[float]:
+    """Drop-path rates from 0 in the first layer to `rate` in the last."""
+    return [rate * i / max(depth - 1, 1) for i in range(depth)]

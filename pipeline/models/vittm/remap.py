@@ -18,6 +18,9 @@ _LAYER_PARTS = {
     "read_head": "read_head",
     "write_norm": "write_norm",
     "write_head": "write_head",
+    "mem_blocks": "memory_block",
+    "mem_encoder": "memory_block.encoder",
+    "mem_decoder": "memory_block.decoder",
 }
 
 
