@@ -169,6 +169,8 @@ def test_refusals_name_the_value_the_reason_and_the_remedy():
     _refused("memory_ps=28 and process_ps=28 must both divide 225; the nearest that works is 224 or 252.", img_size=225)
     _refused("the nearest that works is 224 or 336.", img_size=280, memory_ps=16)
     _refused("memory_ps=0, process_ps=28: a patch has at least 1 pixel a side", memory_ps=0)
+    _refused("depth=0, but it is a number of things, at least 1", depth=0)
+    _refused("pos_drop_rate=1.5, but it is the share that is dropped, from 0 to below 1", pos_drop_rate=1.5)
     _refused("num_heads=5 does not divide embed_dim=192: a head takes an equal share", num_heads=5)
     _refused("set num_heads to 3 or 4 or 6, or change embed_dim.", num_heads=5)
     _refused("latent_size_scale=7 does not divide embed_dim=192", latent_size_scale=7)

@@ -27,6 +27,12 @@ def check_positive(option: str, value: int) -> None:
         raise UserError(f"{option}={value!r}, but it is a number of things, at least 1: give a whole number.")
 
 
+def check_rate(option: str, rate: float) -> None:
+    """Raise UserError unless `rate` is a probability below 1."""
+    if not 0 <= rate < 1:
+        raise UserError(f"{option}={rate}, but it is the share that is dropped, from 0 to below 1: correct it.")
+
+
 def check_divides(option: str, divisor: int, name: str, value: int, reason: str) -> None:
     """Raise UserError unless `divisor`, the value of `option`, divides `value`, which the message calls `name`."""
     if divisor < 1 or value % divisor:

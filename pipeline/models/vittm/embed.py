@@ -120,7 +120,7 @@ class LatentEmbedder(nn.Module):
         nn.init.normal_(self.process_token)
 
     def forward(self, images: Tensor, *_: object) -> Tensor:
-        return self.process_token.expand(len(images), -1, -1)
+        return self.process_token.expand(images.shape[0], -1, -1)
 
 
 def positions_for(table: Tensor, built_grid: Grid, grid: Grid) -> Tensor:

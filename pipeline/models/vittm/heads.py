@@ -86,7 +86,7 @@ class LinearHead(nn.Module):
         weight = self.v.weight.unflatten(0, (self.num_heads, -1)).transpose(1, 2)  # (H, D, d)
         # One product a head for the whole batch, so that its weights are read once.
         context = mixed.transpose(0, 1).flatten(1, 2) @ weight
-        context = context.unflatten(1, (len(source), -1)).transpose(0, 1)
+        context = context.unflatten(1, (source.shape[0], -1)).transpose(0, 1)
         return context + k_sum * self.v.bias.unflatten(0, (self.num_heads, 1, -1))
 
     def _folds(self, source: Tensor) -> bool:

@@ -1,14 +1,37 @@
 """One layer of ViTTM. Shapes: B batch, Nm/Np memory/process tokens, D width."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor, nn
 
+from pipeline.models.vittm.checks import check_positive, check_rate
 from pipeline.models.vittm.memory import MemoryBlock
 
 Fusion = Callable[[Tensor, Tensor], Tensor]
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+
+
+@dataclass(frozen=True)
+class DropRates:
+    """What is dropped in training, by ViTTM's options. Raises UserError unless each is from 0 to below 1."""
+
+    drop_rate: float
+    pos_drop_rate: float
+    patch_drop_rate: float
+    proj_drop_rate: float
+    attn_drop_rate: float
+    drop_path_rate: float
+
+    def __post_init__(self) -> None:
+        for option, rate in vars(self).items():
+            check_rate(option, rate)
+
+    def paths(self, depth: int) -> list[float]:
+        """Of each layer: from 0 in the first to `drop_path_rate` in the last. Raises UserError without a layer."""
+        check_positive("depth", depth)
+        return [self.drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
 
 
 class Layer(nn.Module):

@@ -26,7 +26,7 @@ from pipeline.models.vittm.checks import (
 from pipeline.models.vittm.embed import EmbedOptions, Grid, positions_for
 from pipeline.models.vittm.fusion import build_fusion
 from pipeline.models.vittm.heads import HeadOptions
-from pipeline.models.vittm.layer import Layer, LayerNorm
+from pipeline.models.vittm.layer import DropRates, Layer, LayerNorm
 from pipeline.models.vittm.memory import MemoryOptions
 from pipeline.models.vittm.timm_interface import TimmInterface
 
@@ -34,7 +34,7 @@ EVAL_HEADS = ("memory", "process", "mean", "both")
 _Pair = tuple[Tensor, Tensor]
 
 
-class ViTTM(TimmInterface):
+class ViTTM(TimmInterface, nn.Module):
     """Two streams of tokens of one image, each with a classifier; only process tokens run through transformer blocks.
 
     Sizes of images and patches (`img_size`, `memory_ps`, `process_ps`) are in pixels. Process tokens are patches,
@@ -100,6 +100,7 @@ class ViTTM(TimmInterface):
         heads = HeadOptions(rw_head_type, num_heads, latent_size_scale, reduced_dim, dyna_num_heads, dyna_concat)
         stages = (tuple(memory_encoder_depths), tuple(memory_encoder_downsamples), tuple(memory_decoder_depths))
         memory = MemoryOptions(memory_blocks, memory_mlp_ratio, *stages)
+        rates = DropRates(drop_rate, pos_drop_rate, patch_drop_rate, proj_drop_rate, attn_drop_rate, drop_path_rate)
         block = partial(
             Block, embed_dim, num_heads, mlp_ratio, qkv_bias=True, proj_drop=proj_drop_rate, attn_drop=attn_drop_rate,
             init_values=init_values, norm_layer=LayerNorm,  # type: ignore[arg-type] # timm takes any callable
@@ -109,8 +110,7 @@ class ViTTM(TimmInterface):
         self.pos_drop, self.head_drop = nn.Dropout(pos_drop_rate), nn.Dropout(drop_rate)
         self.patch_drop = PatchDropout(patch_drop_rate, num_prefix_tokens=0)
         self._build_embedders(embed)
-        blocks = [block(drop_path=rate) for rate in _growing(drop_path_rate, depth)]
-        self._build_layers(blocks, heads, fusion_type, memory)
+        self._build_layers([block(drop_path=rate) for rate in rates.paths(depth)], heads, fusion_type, memory)
         self._build_classifiers(num_classes, global_pool)
         self._init_weights()
 
@@ -232,8 +232,3 @@ class ViTTM(TimmInterface):
         if self.eval_head == "mean":
             return (memory + process) / 2
         return memory if self.eval_head == "memory" else process
-
-
-def _growing(rate: float, depth: int) -> list[float]:
-    """Drop-path rates from 0 in the first layer to `rate` in the last."""
-    return [rate * i / max(depth - 1, 1) for i in range(depth)]

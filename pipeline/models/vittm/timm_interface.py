@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from pipeline.models.vittm.checks import check_choice
 
 
-class TimmInterface(nn.Module):
+class TimmInterface:
     """The part of ViTTM that is timm's convention."""
 
     embed_dim: int
