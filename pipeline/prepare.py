@@ -1,6 +1,5 @@
 """From a recipe to a Run: built and checked here, so that what cannot work fails before the first step."""
 
-import difflib
 import functools
 import os
 import time
@@ -9,11 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 from torch import Tensor, nn
 
-import pipeline.models  # noqa: F401 - registers our models with timm
 from pipeline.augment.exact import EvalTransform, TrainTransform
 from pipeline.augment.fast import FastTrainTransform
 from pipeline.augment.mixing import Mixing
@@ -27,7 +24,7 @@ from pipeline.data.stream import TrainStream
 from pipeline.ema import EMA
 from pipeline.evaluate import Evaluator, Variants, head_names
 from pipeline.loss import SummedOverHeads
-from pipeline.models.load import load_start
+from pipeline.models.build import give_start, make_model
 from pipeline.optim import WarmupCosine, adamw
 from pipeline.recipe import Recipe
 from pipeline.record import Record, check_same_recipe, keep_recipe
@@ -127,8 +124,10 @@ def prepare(recipe: Recipe, world: World) -> Run:
     if newest is not None:
         check_same_recipe(read_state(newest)["recipe"], recipe, newest)
     model = make_model(recipe, index.num_classes)
-    if recipe.model.start and newest is None:
-        start_from(model, recipe.model.start, say=world.is_main)
+    if newest is None:
+        started = give_start(model, recipe.model)
+        if world.is_main:
+            print(started, flush=True)
     learner = make_learner(recipe, world, model, schedule, len(given.validation.reader))
     record = Record(run_dir, world.is_main, recipe.data.global_batch)
     budget = Budget(recipe.data.max_bad).allows(given.stream.plan.num_samples)
@@ -227,34 +226,6 @@ def make_schedule(recipe: Recipe, batches_per_epoch: int) -> tuple[WarmupCosine,
         total, steps(recipe.runtime.log_every), steps(recipe.checkpoint.every), steps(recipe.evaluation.every)
     )
     return WarmupCosine(section.lr, section.warmup_lr, section.min_lr, warmup, total), durations
-
-
-def make_model(recipe: Recipe, num_classes: int) -> nn.Module:
-    """The model on the CPU, initialised by the recipe's seed, the same on every rank.
-
-    Raises UserError for an unknown model and for options that it does not take.
-    """
-    section = recipe.model
-    torch.manual_seed(recipe.seed)
-    options = {name: value for name, value in vars(section).items() if name not in ("name", "start")}
-    given = {name: value for name, value in options.items() if value is not None}
-    if not timm.is_model(section.name):
-        near = difflib.get_close_matches(section.name, timm.list_models(), n=3)
-        raise UserError(f"model.name '{section.name}' is not in timm's registry; the nearest names there are {near}")
-    try:
-        return timm.create_model(section.name, num_classes=num_classes, img_size=recipe.augment.image_size, **given)
-    except TypeError as error:
-        raise UserError(f"model.name '{section.name}' does not take the options {given}: {error}") from error
-
-
-def start_from(model: nn.Module, path: str, say: bool) -> None:
-    """Start weights with new heads. Raises UserError where they are of another model."""
-    loaded = load_start(model, path, new_heads=True)
-    if say:
-        made_new, dropped = ", ".join(loaded.made_new), ", ".join(loaded.dropped) or "none"
-        print(
-            f"start weights {path}: {len(loaded.loaded)} loaded; made new: {made_new}; dropped: {dropped}", flush=True
-        )
 
 
 def make_learner(recipe: Recipe, world: World, model: nn.Module, schedule: WarmupCosine, num_evaluated: int) -> Learner:

@@ -19,7 +19,7 @@ def num_steps(duration: str, batches_per_epoch: int, total: int = 0) -> int:
 
 def validate(recipe: Recipe) -> None:
     """Raises one UserError that lists everything about the recipe alone that cannot work."""
-    found = [*_duration_errors(recipe), *_range_errors(recipe)]
+    found = [*_duration_errors(recipe), *_range_errors(recipe), *_start_errors(recipe)]
     if found:
         raise UserError("the recipe cannot run:\n" + "\n".join(f"  - {message}" for message in found))
 
@@ -95,4 +95,20 @@ def _range_errors(recipe: Recipe) -> list[str]:
         found.append(f"data.max_bad: {error}")
     if (recipe.augment.mixup or recipe.augment.cutmix) and recipe.augment.mixup_alpha <= 0:
         found.append(f"augment.mixup_alpha {recipe.augment.mixup_alpha}: must be above 0 while mixup or cutmix is on")
+    return found
+
+
+def _start_errors(recipe: Recipe) -> list[str]:
+    start, init_from, init_weights = recipe.model.start, recipe.model.init_from, recipe.model.init_weights
+    found = []
+    if start and init_from != "none":
+        found.append(
+            f"model.start '{start}' and model.init_from '{init_from}': a model starts from one of them; leave start "
+            "empty, or set init_from to none"
+        )
+    if init_weights and init_from == "none":
+        found.append(
+            f"model.init_weights '{init_weights}' would not be looked at while model.init_from is none: set that to "
+            "blocks or blocks+flexi, or give a whole checkpoint as model.start"
+        )
     return found

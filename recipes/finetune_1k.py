@@ -2,6 +2,7 @@
 
 Command:  accelerate launch --config_file ds_configs/ddp_gpu8.yaml recipes/finetune_1k.py --model vittm_base
               --model.start runs/pretrain_21k/vittm_base/weights/ema.safetensors
+Models:   those of recipes/pretrain_21k.py, timm's vit and deit among them as baselines.
 Data:     data/imagenet1k (splits train and val), written by tools/make_shards.py
 Hardware: CUDA; 8 GPUs take 256 (base) or 512 (small) samples each at once. Fewer: raise --data.accumulation.
 Time:     300 epochs of 1,281,167 images; not measured here.
@@ -23,12 +24,12 @@ MODELS = pretrain_21k.MODELS
 def recipe(model: str) -> Recipe:
     """The authors' settings for one of the two sizes; the model itself is the pretrained one."""
     pretrained = pretrain_21k.recipe(model).model
-    return _base(pretrained) if model == "vittm_base" else _small(pretrained)
+    return _base(pretrained) if "_base" in model else _small(pretrained)
 
 
 def _small(model: Model) -> Recipe:
     return Recipe(
-        run_dir="runs/finetune_1k/vittm_small",
+        run_dir=f"runs/finetune_1k/{model.name}",
         loss="bce",
         data=Data(path="data/imagenet1k", global_batch=4096, workers=16),
         augment=Augment(
@@ -52,7 +53,6 @@ def _base(model: Model) -> Recipe:
     small = _small(model)
     return dataclasses.replace(
         small,
-        run_dir="runs/finetune_1k/vittm_base",
         data=dataclasses.replace(small.data, global_batch=2048),
         augment=dataclasses.replace(small.augment, randaugment_ops=3, randaugment_magnitude=20, mixup_alpha=0.8),
         model=dataclasses.replace(model, drop_path_rate=0.2),

@@ -1,6 +1,7 @@
 """Pretrain ViTTM-S or ViTTM-B on ImageNet-21k-P, with the hyper-parameters of its authors (WACV 2025).
 
 Command:  accelerate launch --config_file ds_configs/ddp_gpu8.yaml recipes/pretrain_21k.py --model vittm_base
+Models:   vittm, deittm (its blocks have LayerScale), and as baselines timm's vit and deit, all by the same settings.
 Data:     data/imagenet21k-p (splits train and val), written by tools/make_shards.py
 Hardware: CUDA; 8 GPUs take 512 samples each at once. Fewer: raise --data.accumulation.
 Time:     300 epochs of 11,060,223 images; not measured here.
@@ -14,11 +15,22 @@ Debug:    --debug trains a model of 32 px on the formula-driven images of `make 
 from pipeline.recipe import Augment, Checkpoint, Data, Evaluation, Model, Optimizer, Recipe, Runtime, Schedule, parse
 from pipeline.trainer import run
 
-MODELS = ("vittm_base", "vittm_small")
+BASELINES = ("vit_base_patch16_224", "vit_small_patch16_224", "deit_base_patch16_224", "deit_small_patch16_224")
+MODELS = ("vittm_base", "vittm_small", "deittm_base", "deittm_small", *BASELINES)
 
 
 def recipe(model: str) -> Recipe:
     """The authors' settings, which are the same for both sizes."""
+    vittm = Model(
+        name=model,
+        memory_ps=28,
+        process_ps=28,
+        rw_head_type="lin",
+        latent_size_scale=4,
+        fusion_type="residual",
+        process_embedder_type="patch",
+        drop_path_rate=0.0,
+    )
     return Recipe(
         run_dir=f"runs/pretrain_21k/{model}",
         loss="ce",
@@ -27,16 +39,7 @@ def recipe(model: str) -> Recipe:
         augment=Augment(
             image_size=224, decode="fast", randaugment_ops=2, randaugment_magnitude=15, mixup=True, mixup_alpha=0.5
         ),
-        model=Model(
-            name=model,
-            memory_ps=28,
-            process_ps=28,
-            rw_head_type="lin",
-            latent_size_scale=4,
-            fusion_type="residual",
-            process_embedder_type="patch",
-            drop_path_rate=0.0,
-        ),
+        model=Model(name=model, patch_size=16, drop_path_rate=0.0) if model in BASELINES else vittm,
         optimizer=Optimizer(weight_decay=0.03, clip_norm=1.0),
         schedule=Schedule(length="300 epochs", warmup="10000 steps", lr=1.5e-4, warmup_lr=1e-6, min_lr=1e-7),
         evaluation=Evaluation(every="1 epochs", batch=256),
@@ -47,12 +50,13 @@ def recipe(model: str) -> Recipe:
 
 def debug(model: str) -> Recipe:
     """The same experiment at 32 px, of a narrow and shallow model, on the demo's formula-driven images."""
+    patches = {"patch_size": 8} if model in BASELINES else {"memory_ps": 4, "process_ps": 8}
     return Recipe(
         run_dir=f"runs/debug/pretrain/{model}",
         ema_decay=0.9,
         data=Data(path="data/demo/formula", global_batch=128, workers=1),
         augment=Augment(image_size=32, randaugment_ops=2, randaugment_magnitude=15, mixup=True, mixup_alpha=0.5),
-        model=Model(name=model, memory_ps=4, process_ps=8, embed_dim=48, depth=2, num_heads=3),
+        model=Model(name=model, embed_dim=48, depth=2, num_heads=3, **patches),
         schedule=Schedule(length="40 steps", warmup="10%", lr=1e-3, warmup_lr=1e-6, min_lr=1e-5),
         evaluation=Evaluation(every="50%", batch=128),
         checkpoint=Checkpoint(every="10 steps"),

@@ -12,7 +12,8 @@ import ranks
 from safetensors.torch import save_file
 
 from pipeline.backend import World
-from pipeline.prepare import make_model, prepare
+from pipeline.models.build import make_model
+from pipeline.prepare import prepare
 from pipeline.recipe import parse
 from pipeline.trainer import launch, save
 from recipes import finetune_1k

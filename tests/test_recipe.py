@@ -62,19 +62,19 @@ FINETUNE_BASE = FINETUNE_SMALL | {
 }
 
 
-@pytest.mark.parametrize(
-    ("module", "model", "table"),
-    [
-        (pretrain_21k, "vittm_small", PRETRAIN),
-        (pretrain_21k, "vittm_base", PRETRAIN),
-        (finetune_1k, "vittm_small", FINETUNE_SMALL),
-        (finetune_1k, "vittm_base", FINETUNE_BASE),
-    ],
-)
-def test_recipes_have_the_numbers_of_the_authors_table(module, model, table):
-    fields = flatten(module.make(model, False))
-    assert {name: fields[name] for name in table} == table
-    assert fields["model.name"] == model
+OF_VITTM = {name for name in PATCHES if name.startswith("model.")}
+
+
+@pytest.mark.parametrize("model", pretrain_21k.MODELS)
+def test_recipes_have_the_numbers_of_the_authors_table(model):
+    finetune = FINETUNE_BASE if "_base" in model else FINETUNE_SMALL
+    for module, table in ((pretrain_21k, PRETRAIN), (finetune_1k, finetune)):
+        fields = flatten(module.make(model, False))
+        expected = {
+            name: value for name, value in table.items() if model not in pretrain_21k.BASELINES or name not in OF_VITTM
+        }
+        assert {name: fields[name] for name in expected} == expected
+        assert fields["model.name"] == model
 
 
 def test_the_chain_is_made_of_both_recipes():

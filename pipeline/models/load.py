@@ -1,7 +1,7 @@
-"""Start weights of a model: exactly those of a safetensors file, or an error; never a part of them in silence."""
+"""Start weights of a model: exactly those that were asked for, or an error; never a part of them in silence."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -9,6 +9,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from pipeline.models.vittm import ViTTM
+from pipeline.models.vittm.trunk import from_trunk
 from shards.errors import UserError
 
 _SHOWN = 5
@@ -30,20 +32,46 @@ def load_start(model: nn.Module, path: str | Path, *, new_heads: bool) -> Loaded
     file has for them; without, they are loaded, and must match like everything else.
     Raises UserError for a file that is missing, is not safetensors, or holds another model; nothing is loaded then.
     """
-    path = Path(path)
-    own, stored = model.state_dict(), _read(path)
+    stored = read_weights(path)
     heads = _classifier_prefixes(model)
     fresh = heads if new_heads else ()
-    wanted = {name: tensor for name, tensor in own.items() if not name.startswith(fresh)}
+    wanted = [name for name in model.state_dict() if not name.startswith(fresh)]
     given = {name: tensor for name, tensor in stored.items() if not name.startswith(fresh)}
-    if misfits := _misfits(wanted, given):
+    if misfits := _misfits(model, wanted, given):
         raise UserError(_another_model(path, misfits, heads))
-    model.load_state_dict(own | given)
-    made_new = tuple(name for name in own if name not in wanted)
-    return Loaded(tuple(wanted), made_new, tuple(sorted(stored.keys() - given)))
+    loaded = _load(model, wanted, given)
+    return replace(loaded, dropped=tuple(sorted(stored.keys() - given)))
 
 
-def _read(path: Path) -> dict[str, torch.Tensor]:
+def load_trunk(model: nn.Module, stored: Mapping[str, torch.Tensor], source: str, *, flexi: bool) -> Loaded:
+    """Load the transformer blocks of timm's ViT `stored`, which the caller knows as `source`, into a new ViTTM; with
+    `flexi` its 16x16 patch convolution too, resized. Everything else stays as it is.
+
+    Raises UserError for a model that is no ViTTM, and for a ViT of another size; nothing is loaded then.
+    """
+    if not isinstance(model, ViTTM):
+        raise UserError(
+            f"model.init_from starts a ViTTM with the blocks of a ViT, but the model is a {type(model).__name__}: set "
+            "it to none; model.start takes a whole checkpoint of any model."
+        )
+    wanted, given = from_trunk(model, stored, flexi)
+    if misfits := _misfits(model, wanted, given):
+        raise UserError(_another_trunk(source, misfits))
+    loaded = _load(model, wanted, given)
+    used = ("blocks.", "patch_embed.") if flexi else ("blocks.",)
+    return replace(loaded, dropped=tuple(sorted(name for name in stored if not name.startswith(used))))
+
+
+def _load(model: nn.Module, wanted: Sequence[str], given: Mapping[str, torch.Tensor]) -> Loaded:
+    """Load `given`, which has just the weights `wanted`, and keep the others."""
+    own = model.state_dict()
+    model.load_state_dict({**own, **given})
+    return Loaded(tuple(wanted), tuple(name for name in own if name not in given), ())
+
+
+def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, by name. Raises UserError for a file that is missing or of another kind."""
+    path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; start weights are one .safetensors file: give its path.")
     try:
@@ -62,9 +90,10 @@ def _classifier_prefixes(model: nn.Module) -> tuple[str, ...]:
     return tuple(f"{name}." for name, module in model.named_modules() if any(module is head for head in modules))
 
 
-def _misfits(wanted: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> dict[str, str]:
+def _misfits(model: nn.Module, wanted: Collection[str], given: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """Names of weights that are not the same in both -> the two shapes."""
-    shapes = {name: (_shape(given.get(name)), _shape(wanted.get(name))) for name in [*wanted, *(given.keys() - wanted)]}
+    own = {name: tensor for name, tensor in model.state_dict().items() if name in wanted}
+    shapes = {name: (_shape(given.get(name)), _shape(own.get(name))) for name in [*own, *(given.keys() - own)]}
     return {name: f"file {file}, model {model}" for name, (file, model) in sorted(shapes.items()) if file != model}
 
 
@@ -72,11 +101,23 @@ def _shape(tensor: torch.Tensor | None) -> str:
     return "none" if tensor is None else str(tuple(tensor.shape))
 
 
-def _another_model(path: Path, misfits: Mapping[str, str], heads: tuple[str, ...]) -> str:
-    lines = [f"  {name}: {shapes}" for name, shapes in list(misfits.items())[:_SHOWN]]
-    more = [f"  and {len(misfits) - _SHOWN} more"] if len(misfits) > _SHOWN else []
+def _another_trunk(source: str, misfits: Mapping[str, str]) -> str:
+    head = f"{source} has not the blocks of this model: {len(misfits)} weights differ."
+    remedy = (
+        "Nothing was loaded; give model.init_weights a ViT of the same width, depth and heads, with LayerScale where "
+        "the model has it, or set model.init_from to none."
+    )
+    return "\n".join([head, *_listed(misfits), remedy])
+
+
+def _another_model(path: str | Path, misfits: Mapping[str, str], heads: tuple[str, ...]) -> str:
     remedy = "build the model with the options that the file was trained with, or give another file."
     if all(name.startswith(heads) for name in misfits):
         remedy = "only the classifiers differ: ask for new heads to train on these classes."
     head = f"{path} is a checkpoint of another model: {len(misfits)} weights differ, and a part of them is not a start."
-    return "\n".join([head, *lines, *more, f"Nothing was loaded; {remedy}"])
+    return "\n".join([head, *_listed(misfits), f"Nothing was loaded; {remedy}"])
+
+
+def _listed(misfits: Mapping[str, str]) -> list[str]:
+    lines = [f"  {name}: {shapes}" for name, shapes in list(misfits.items())[:_SHOWN]]
+    return [*lines, f"  and {len(misfits) - _SHOWN} more"] if len(misfits) > _SHOWN else lines
