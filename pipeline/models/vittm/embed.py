@@ -70,7 +70,7 @@ class PatchEmbedder(nn.Module):
     def __init__(self, patch_size: int, in_chans: int, dim: int) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
+        self.proj = PatchConv(in_chans, dim, kernel_size=patch_size, stride=patch_size)
 
     def grid(self, image_size: Grid) -> Grid:
         """The grid of an image of that size."""
@@ -83,7 +83,18 @@ class PatchEmbedder(nn.Module):
 
     def forward(self, images: Tensor, *_: object) -> Tensor:
         """(B, C, height, width) -> (B, N, D), row by row."""
-        return self.proj(images).flatten(2).transpose(1, 2)
+        return self.proj(images)
+
+
+class PatchConv(nn.Conv2d):
+    """A convolution whose stride is its kernel, as one product of all patches: quicker than oneDNN's on a CPU."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, height, width) -> (B, N, D), row by row."""
+        rows, columns = self.kernel_size
+        cut = images.unflatten(2, (-1, rows)).unflatten(4, (-1, columns))  # (B, C, n, rows, m, columns)
+        patches = cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, n m, C rows columns)
+        return F.linear(patches, self.weight.flatten(1), self.bias)
 
 
 class DownsampleEmbedder(nn.Module):

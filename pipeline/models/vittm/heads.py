@@ -58,15 +58,15 @@ class LinearHead(nn.Module):
         self.num_heads = num_heads
         self.q = nn.Linear(dim, latent_dim)
         self.k = nn.Linear(dim, latent_dim)
-        self.v = nn.Linear(dim, dim)
+        self.v = WeighedValues(dim, num_heads)
 
     def forward(self, source: Tensor, query: Tensor) -> Tensor:
         q, k = _positive(self.q(query)), _positive(self.k(source))
-        k_sum = k.sum(dim=1).unflatten(-1, (self.num_heads, -1, 1))  # (B, H, c/H, 1)
-        context = self._value_of_mean(source, k, k_sum) if self._folds(source) else self._mean_of_values(source, k)
-        # The norm divides Q (c wide) rather than the output (D wide), and K^T V comes first: linear in M and N.
-        q = _split(q, self.num_heads)
-        return _merge((q / (q @ k_sum + _EPS)) @ context)
+        k_sum = k.sum(dim=1, keepdim=True)  # (B, 1, c)
+        context = self.v(source, k, k_sum)
+        # The norm divides Q (c wide) rather than the output (D wide).
+        norm = _heads(q * k_sum, self.num_heads).sum(dim=-1, keepdim=True) + _EPS
+        return _merge((_heads(q, self.num_heads) / norm).transpose(1, 2) @ context)
 
     def attention(self, source: Tensor, query: Tensor) -> Tensor:
         """The weights of the average that `forward` takes of V: (B, H, M, N), which sum to 1 over N."""
@@ -75,27 +75,37 @@ class LinearHead(nn.Module):
         weights = q @ k.transpose(-2, -1)
         return weights / (weights.sum(dim=-1, keepdim=True) + _EPS)
 
-    def _mean_of_values(self, source: Tensor, k: Tensor) -> Tensor:
-        """K^T (S Wv^T + bv) as it stands, (B, H, c/H, d)."""
-        v = _split(self.v(source), self.num_heads)
-        return _split(k, self.num_heads).transpose(-2, -1) @ v
+
+class WeighedValues(nn.Linear):
+    """K^T V a head, of V = S Wv^T + bv. The product is a module because ZeRO-3 gathers weights for modules' calls."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__(dim, dim)
+        self.num_heads = num_heads
+
+    def forward(self, source: Tensor, k: Tensor, k_sum: Tensor) -> Tensor:
+        """S (B, N, D), K (B, N, c), its sum over N (B, 1, c) -> (B, H, c/H, d)."""
+        if self._folds(source, k):
+            return self._value_of_mean(source, k, k_sum)
+        return _split(k, self.num_heads).transpose(-2, -1) @ _split(super().forward(source), self.num_heads)
 
     def _value_of_mean(self, source: Tensor, k: Tensor, k_sum: Tensor) -> Tensor:
-        """The same as (K^T S) Wv^T + (sum_n K_n) bv, (B, H, c/H, d): only c rows, not N, meet the D x D weights."""
+        """The same as (K^T S) Wv^T + (sum_n K_n) bv: only c rows, not N, meet the D x D weights."""
         mixed = (k.transpose(1, 2) @ source).unflatten(1, (self.num_heads, -1))  # (B, H, c/H, D)
-        weight = self.v.weight.unflatten(0, (self.num_heads, -1)).transpose(1, 2)  # (H, D, d)
+        weight = self.weight.unflatten(0, (self.num_heads, -1)).transpose(1, 2)  # (H, D, d)
         # One product a head for the whole batch, so that its weights are read once.
         context = mixed.transpose(0, 1).flatten(1, 2) @ weight
         context = context.unflatten(1, (source.shape[0], -1)).transpose(0, 1)
-        return context + k_sum * self.v.bias.unflatten(0, (self.num_heads, 1, -1))
+        k_sum = k_sum.unflatten(-1, (self.num_heads, -1)).permute(0, 2, 3, 1)  # (B, H, c/H, 1)
+        return torch.addcmul(context, k_sum, self.bias.unflatten(0, (self.num_heads, 1, -1)))
 
-    def _folds(self, source: Tensor) -> bool:
+    def _folds(self, source: Tensor, k: Tensor) -> bool:
         """Whether `_value_of_mean` has fewer products, on a CPU, whose time they are: `tools/bench_model.py`.
 
         Elsewhere the larger product that shares its weights over the batch is kept.
         """
-        num_tokens, dim = source.shape[1:]
-        latent_dim, head_dim = self.k.out_features, dim // self.num_heads
+        (num_tokens, dim), latent_dim = source.shape[1:], k.shape[-1]
+        head_dim = dim // self.num_heads
         folded = latent_dim * dim * (num_tokens + head_dim)
         return source.device.type == "cpu" and folded < num_tokens * dim * dim + num_tokens * latent_dim * head_dim
 
@@ -218,9 +228,14 @@ def _latent_dim(dim: int, num_heads: int, latent_size_scale: int) -> int:
     return latent_dim
 
 
+def _heads(tokens: Tensor, num_heads: int) -> Tensor:
+    """(B, tokens, width) -> (B, tokens, H, width / H)."""
+    return tokens.unflatten(-1, (num_heads, -1))
+
+
 def _split(tokens: Tensor, num_heads: int) -> Tensor:
     """(B, tokens, width) -> (B, H, tokens, width / H)."""
-    return tokens.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    return _heads(tokens, num_heads).transpose(1, 2)
 
 
 def _merge(tokens: Tensor) -> Tensor:
@@ -231,7 +246,7 @@ def _merge(tokens: Tensor) -> Tensor:
 def _positive(x: Tensor) -> Tensor:
     """phi = elu + 1, without the -1 + 1 that in bf16 rounds exp(x) to 0 below x = -6.
 
-    F.elu's backward after a split into heads also fails under torch.compile (torch 2.12, aot_eager).
+    F.elu's backward also fails under torch.compile here (torch 2.12, aot_eager).
     """
     return F.relu(x) + x.clamp(max=0).exp()
 
