@@ -12,6 +12,8 @@ Differs:  from scratch, where the authors' program silently starts from timm's w
 Debug:    --debug trains a model of 32 px on the formula-driven images of `make demo`, on any machine, in a minute.
 """
 
+from dataclasses import replace
+
 from pipeline.recipe import Augment, Checkpoint, Data, Evaluation, Model, Optimizer, Recipe, Runtime, Schedule, parse
 from pipeline.trainer import run
 
@@ -50,13 +52,14 @@ def recipe(model: str) -> Recipe:
 
 def debug(model: str) -> Recipe:
     """The same experiment at 32 px, of a narrow and shallow model, on the demo's formula-driven images."""
-    patches = {"patch_size": 8} if model in BASELINES else {"memory_ps": 4, "process_ps": 8}
+    narrow = Model(name=model, embed_dim=48, depth=2, num_heads=3)
+    baseline, vittm = replace(narrow, patch_size=8), replace(narrow, memory_ps=4, process_ps=8)
     return Recipe(
         run_dir=f"runs/debug/pretrain/{model}",
         ema_decay=0.9,
         data=Data(path="data/demo/formula", global_batch=128, workers=1),
         augment=Augment(image_size=32, randaugment_ops=2, randaugment_magnitude=15, mixup=True, mixup_alpha=0.5),
-        model=Model(name=model, embed_dim=48, depth=2, num_heads=3, **patches),
+        model=baseline if model in BASELINES else vittm,
         schedule=Schedule(length="40 steps", warmup="10%", lr=1e-3, warmup_lr=1e-6, min_lr=1e-5),
         evaluation=Evaluation(every="50%", batch=128),
         checkpoint=Checkpoint(every="10 steps"),

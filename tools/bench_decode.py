@@ -34,7 +34,7 @@ from pipeline.augment.device import normalise
 from pipeline.augment.exact import TrainTransform
 from pipeline.augment.fast import FastTrainTransform
 from pipeline.data.samples import Transform
-from pipeline.prepare import make_model
+from pipeline.models.build import make_model
 from pipeline.recipe import Recipe, unflatten
 from pipeline.record import RECIPE, last_evaluation
 from pipeline.trainer import weights_path

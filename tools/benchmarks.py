@@ -6,7 +6,8 @@ import os
 import shlex
 import statistics
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,18 @@ def append(record: dict[str, Any], output: Path) -> None:
     record["load"].append(round(os.getloadavg()[0], 2))
     with open(output, "a") as file:
         file.write(json.dumps(record) + "\n")
+
+
+def alternate(runs: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
+    """Seconds of wall time of each run, which take turns, there and back; the first turn, a warm-up, does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for repetition in range(repetitions + 1):
+        for name, run in list(runs.items())[:: 1 if repetition % 2 else -1]:
+            began = time.perf_counter()
+            run()
+            if repetition:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
 
 
 def _hardware() -> str:

@@ -83,7 +83,7 @@ class WeighedValues(nn.Linear):
         super().__init__(dim, dim)
         self.num_heads = num_heads
 
-    def forward(self, source: Tensor, k: Tensor, k_sum: Tensor) -> Tensor:
+    def forward(self, source: Tensor, k: Tensor, k_sum: Tensor) -> Tensor:  # type: ignore[override] # more goes in
         """S (B, N, D), K (B, N, c), its sum over N (B, 1, c) -> (B, H, c/H, d)."""
         if self._folds(source, k):
             return self._value_of_mean(source, k, k_sum)
