@@ -12,8 +12,8 @@ from typing import NoReturn
 
 from pipeline.backend import World
 from pipeline.recipe import Recipe, Runtime
-from pipeline.record import RECIPE, check_same_recipe, read_outcome, write_outcome
-from pipeline.trainer import fit, launch, weights_path
+from pipeline.record import RECIPE, check_same_recipe, read_outcome, weights_path, write_outcome
+from pipeline.trainer import fit, launch
 from pipeline.validate import validate
 from shards.errors import UserError
 

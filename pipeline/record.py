@@ -12,7 +12,7 @@ from typing import TypeVar
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from pipeline.recipe import Recipe, flatten
+from pipeline.recipe import Recipe, flatten, unflatten
 from shards.durable import atomic_file
 from shards.errors import UserError
 
@@ -187,6 +187,34 @@ def keep_recipe(run_dir: Path, recipe: Recipe) -> None:
     """RUN/recipe.json: every field by its name on the command line."""
     run_dir.mkdir(parents=True, exist_ok=True)
     _replace(run_dir / RECIPE, json.dumps(flatten(recipe), indent=1) + "\n")
+
+
+def read_recipe(run_dir: Path) -> Recipe:
+    """What `keep_recipe` kept. Raises UserError where it is missing, or has other fields than recipes have now."""
+    path = run_dir / RECIPE
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; it says how the model of a run is built: give a run that kept it")
+    try:
+        leaves = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not the JSON that a run writes ({error}): restore it from a copy") from error
+    fields = flatten(Recipe())
+    lacking = {name: value for name, value in fields.items() if name not in leaves}
+    if unknown := [name for name in leaves if name not in fields]:
+        raise UserError(
+            f"{path} has the fields {unknown}, which recipes do not have now: use the version that wrote it"
+        )
+    if lacking:
+        raise UserError(
+            f"{path} is of an older version, and lacks fields that recipes have now: add them with the values that the "
+            f"run had; the defaults are {json.dumps(lacking)[1:-1]}"
+        )
+    return unflatten(leaves, Recipe)
+
+
+def weights_path(run_dir: Path, name: str) -> Path:
+    """Where a finished run leaves its weights; name: "model" or "ema"."""
+    return run_dir / "weights" / f"{name}.safetensors"
 
 
 def check_same_recipe(kept: dict[str, object], recipe: Recipe, where: object) -> None:

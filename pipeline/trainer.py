@@ -18,7 +18,7 @@ from pipeline.backend import Stepped, World, start
 from pipeline.data.stream import evaluation_batches
 from pipeline.prepare import Run, prepare
 from pipeline.recipe import Recipe, Runtime, flatten
-from pipeline.record import forget_outcome, last_step, read_outcome, write_outcome
+from pipeline.record import forget_outcome, last_step, read_outcome, weights_path, write_outcome
 from shards.crop import has_crop_decode
 from shards.durable import atomic_file
 from shards.errors import UserError
@@ -187,11 +187,6 @@ def export(run: Run, name: str) -> None:
     path.parent.mkdir(exist_ok=True)
     with atomic_file(path) as file:
         file.write(as_safetensors({key: tensor.contiguous() for key, tensor in weights.items()}, {"format": "pt"}))
-
-
-def weights_path(run_dir: Path, name: str) -> Path:
-    """Where a finished run leaves its weights; name: "model" or "ema"."""
-    return run_dir / "weights" / f"{name}.safetensors"
 
 
 def run(recipe: Recipe) -> NoReturn:

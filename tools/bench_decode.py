@@ -12,7 +12,6 @@ Prints a table, and appends a JSON line. Needs `python tools/demo.py --data-only
 
 import argparse
 import io
-import json
 import shlex
 import statistics
 import subprocess
@@ -26,7 +25,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from sklearn.datasets import load_sample_images
 from tqdm import tqdm
 
@@ -34,10 +32,8 @@ from pipeline.augment.device import normalise
 from pipeline.augment.exact import TrainTransform
 from pipeline.augment.fast import FastTrainTransform
 from pipeline.data.samples import Transform
-from pipeline.models.build import make_model
-from pipeline.recipe import Recipe, unflatten
-from pipeline.record import RECIPE, last_evaluation
-from pipeline.trainer import weights_path
+from pipeline.predict import load_run
+from pipeline.record import last_evaluation
 from shards.crop import has_crop_decode
 from shards.index import Index
 from shards.keyed import uniforms
@@ -138,15 +134,12 @@ def train(data: Path, run_dir: Path, path: str, seed: int, length: str) -> None:
 @torch.no_grad()
 def on_crops(data: Path, run_dir: Path, seed: int) -> dict[str, float]:
     """Top-1 of a trained model on random crops of the held-out images, by path; how often both get the same label."""
-    recipe = unflatten(json.loads((run_dir / RECIPE).read_text()), Recipe)
-    index = Index.load(data)
-    model = make_model(recipe, index.num_classes).eval()
-    model.load_state_dict(load_file(weights_path(run_dir, "ema")))
+    trained, index = load_run(run_dir), Index.load(data)
+    augment = trained.recipe.augment
     answers, labels = {}, None
     for name, path in PATHS.items():
-        augment = recipe.augment
         images, labels = crops_of(path(augment.image_size, augment.crop_scale, hflip=augment.hflip), index, seed)
-        answers[name] = model(normalise(images)).argmax(dim=1)
+        answers[name] = trained.model(normalise(images)).argmax(dim=1)
     shares = {name: (answer == labels).double().mean().item() for name, answer in answers.items()}
     return shares | {"agreement": (answers["exact"] == answers["fast"]).double().mean().item()}
 

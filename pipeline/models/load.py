@@ -69,6 +69,18 @@ def _load(model: nn.Module, wanted: Sequence[str], given: Mapping[str, torch.Ten
     return Loaded(tuple(wanted), tuple(name for name in own if name not in given), ())
 
 
+def num_stored_classes(model: nn.Module, path: str | Path) -> int:
+    """How many classes the classifiers of `model` have in the safetensors file `path`.
+
+    Raises UserError for a file that is missing, is not safetensors, or has none of them.
+    """
+    names, stored = [f"{prefix}weight" for prefix in _classifier_prefixes(model)], read_weights(path)
+    found = [stored[name].shape[0] for name in names if name in stored]
+    if not found:
+        raise UserError(f"{path} is a checkpoint of another model: it has no classifier {' or '.join(names)}.")
+    return found[0]
+
+
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file, by name. Raises UserError for a file that is missing or of another kind."""
     path = Path(path)

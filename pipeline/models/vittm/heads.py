@@ -122,10 +122,19 @@ class CrossAttentionHead(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, source: Tensor, query: Tensor) -> Tensor:
-        q = _split(self.q_norm(self.q(query)), self.num_heads)
-        k = _split(self.k_norm(self.k(source)), self.num_heads)
+        q, k = self._queries_and_keys(source, query)
         v = _split(self.v_norm(self.v(source)), self.num_heads)
         return self.proj(_merge(F.scaled_dot_product_attention(q, k, v)))
+
+    def attention(self, source: Tensor, query: Tensor) -> Tensor:
+        """The weights of the average that `forward` takes of V: (B, H, M, N), which sum to 1 over N."""
+        q, k = self._queries_and_keys(source, query)
+        return (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(dim=-1)
+
+    def _queries_and_keys(self, source: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, H, M, d), (B, H, N, d)."""
+        q, k = self.q_norm(self.q(query)), self.k_norm(self.k(source))
+        return _split(q, self.num_heads), _split(k, self.num_heads)
 
 
 class LatentAttentionHead(nn.Module):
@@ -140,9 +149,16 @@ class LatentAttentionHead(nn.Module):
         self.mlp2 = Mlp(dim, _LA_HIDDEN, latent_dim)
 
     def forward(self, source: Tensor, query: Tensor) -> Tensor:
-        k = self.mlp(self.norm(source)).softmax(dim=1)
-        q = self.mlp2(self.norm_q(query)).softmax(dim=-1)
-        return _product(q, k, source)
+        return _product(*self._queries_and_keys(source, query), source)
+
+    def attention(self, source: Tensor, query: Tensor) -> Tensor:
+        """The weights of the average that `forward` takes of the source: (B, 1, M, N), which sum to 1 over N."""
+        q, k = self._queries_and_keys(source, query)
+        return (q @ k.transpose(-2, -1)).unsqueeze(1)
+
+    def _queries_and_keys(self, source: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, M, c), which sum to 1 over c, and (B, N, c), which sum to 1 over N."""
+        return self.mlp2(self.norm_q(query)).softmax(dim=-1), self.mlp(self.norm(source)).softmax(dim=1)
 
 
 class LinearCrossAttentionHead(nn.Module):
@@ -161,10 +177,20 @@ class LinearCrossAttentionHead(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, source: Tensor, query: Tensor) -> Tensor:
-        q = _split(self.q_norm(self.q(query)), self.num_heads).softmax(dim=-1)
-        k = _split(self.k_norm(self.k(source)), self.num_heads).softmax(dim=-2)
+        q, k = self._queries_and_keys(source, query)
         v = _split(self.v_norm(self.v(source)), self.num_heads)
         return self.proj(_merge(_product(q, k, v)))
+
+    def attention(self, source: Tensor, query: Tensor) -> Tensor:
+        """The weights of the average that `forward` takes of V: (B, H, M, N), which sum to 1 over N."""
+        q, k = self._queries_and_keys(source, query)
+        return q @ k.transpose(-2, -1)
+
+    def _queries_and_keys(self, source: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, H, M, c/H), which sum to 1 over c/H, and (B, H, N, c/H), which sum to 1 over N."""
+        q = _split(self.q_norm(self.q(query)), self.num_heads).softmax(dim=-1)
+        k = _split(self.k_norm(self.k(source)), self.num_heads).softmax(dim=-2)
+        return q, k
 
 
 class TokenLearnerHead(nn.Module):
