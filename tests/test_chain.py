@@ -4,8 +4,19 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import psutil
+import pytest
 import ranks
+import torch
+import torch.nn.functional as F
+
+from pipeline.augment.device import normalise
+from pipeline.augment.exact import EvalTransform
+from pipeline.predict import load_run
+from pipeline.record import weights_path
+from shards.index import Index
+from shards.reader import Reader
 
 CHAIN = "recipes/chain.py"
 
@@ -49,7 +60,16 @@ def test_finished_stages_are_skipped_and_changed_ones_refused(start, chain_optio
     assert "schedule.lr: 0.001 there, 0.5 now" in changed.outputs[0]
 
 
-def test_what_a_run_leaves_behind(start, small, tmp_path):
+@torch.no_grad()
+def scores_of(run, data):
+    """Mean loss and top-1 of the memory head on the held-out images."""
+    reader, transform = Reader(Index.load(data), "val"), EvalTransform(run.recipe.augment.image_size)
+    pixels, labels = zip(*(reader.read(sample, transform) for sample in range(len(reader))), strict=True)
+    logits, labels = run.model(normalise(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2))), torch.tensor(labels)
+    return F.cross_entropy(logits, labels).item(), (logits.argmax(dim=1) == labels).double().mean().item()
+
+
+def test_what_a_run_leaves_behind(start, small, shards, tmp_path):
     ended = start("recipes/pretrain_21k.py", ["--debug", *small, "--run-dir", str(tmp_path)]).wait()
     assert ended.codes == [0], ended.outputs
     lines = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -63,6 +83,10 @@ def test_what_a_run_leaves_behind(start, small, tmp_path):
     outcome = json.loads((tmp_path / "outcome.json").read_text())
     assert (outcome["outcome"], outcome["step"], outcome["images"]) == ("done", 8, 8 * 16)
     assert json.loads((tmp_path / "recipe.json").read_text())["model.embed_dim"] == 24
+    for name, prefix in (("model", ""), ("ema", "ema_")):
+        loss, top1 = scores_of(load_run(weights_path(tmp_path, name)), shards)
+        assert loss == pytest.approx(evaluations[1][f"{prefix}memory_loss"], rel=1e-5)
+        assert top1 == pytest.approx(evaluations[1][f"{prefix}memory_top1"])
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert kept == ["latest", "step-00000006", "step-00000008"]
     assert "step 8/8  loss" in ended.outputs[0]
