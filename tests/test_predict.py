@@ -7,8 +7,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from pipeline.models.build import make_model
 from pipeline.predict import load_run
-from pipeline.prepare import make_model
 from pipeline.recipe import Augment, Model, Recipe
 from pipeline.record import RECIPE, keep_recipe, weights_path
 from shards.errors import UserError

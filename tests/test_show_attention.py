@@ -11,9 +11,9 @@ from PIL import Image, ImageChops
 from safetensors.torch import save_file
 
 from pipeline.augment.device import normalise
+from pipeline.models.build import make_model
 from pipeline.models.vittm.attention import attention_maps
 from pipeline.predict import load_run
-from pipeline.prepare import make_model
 from pipeline.recipe import Augment, Model, Recipe
 from pipeline.record import keep_recipe, weights_path
 from tools import show_attention
@@ -266,6 +266,17 @@ def test_models_without_such_attention(finished, image, tmp_path, capsys):
         "--write: process tokens of process_embedder_type 'latent' are learned vectors, which have no place in the "
         "image: leave --write out, to see what they read"
     )
+
+
+def test_conv_memory_is_written_to_when_it_is_no_patches(finished, image, tmp_path, capsys):
+    conv = finished(memory_blocks="conv")
+    assert refused(capsys, conv, image, "-o", tmp_path / "out.png", "--write") == (
+        "--write: memory_blocks 'conv' merges the 64 memory patches into 32 tokens before the write, and these have no "
+        "place in the image: leave --write out, to see what is read"
+    )
+    show(conv, image, tmp_path / "out.png")
+    lengths = finished(memory_blocks="conv", memory_encoder_downsamples=(1, 1))
+    show(lengths, image, tmp_path / "out.png", "--write")
 
 
 def test_patches_are_two_numbers(run_dir, image, capsys):

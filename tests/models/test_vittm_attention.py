@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from pipeline.models.vittm import ViTTM
 from pipeline.models.vittm.attention import attention_maps, head_type
 from shards.errors import UserError
 
 VALUES = {  # of the average, by head: (head, source) -> (B, N, D)
-    "lin": lambda head, source: head.v(source),
+    "lin": lambda head, source: F.linear(source, head.v.weight, head.v.bias),
     "ca": lambda head, source: head.v_norm(head.v(source)),
     "la": lambda head, source: source,
     "lca": lambda head, source: head.v_norm(head.v(source)),
