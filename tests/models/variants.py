@@ -1,16 +1,8 @@
 """Each option of ViTTM once, varied from the recipes' default, and a few models that hold them all."""
 
-import io
-import warnings
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-with warnings.catch_warnings():  # what onnxscript uses is deprecated
-    warnings.simplefilter("ignore")
-    import onnxruntime
-    import onnxscript  # noqa: F401
 
 from pipeline.models.vittm import ViTTM
 
@@ -54,7 +46,7 @@ MIXED = [  # one a head; together every variant
 
 def mixed(names: tuple[str, ...]) -> dict:
     options = {option: value for name in names for option, value in VARIANTS[name].items()}
-    shallow = {"memory_encoder_depths": (1, 1), "memory_decoder_depths": (1, 1)}
+    shallow = {"memory_encoder_depths": (1,), "memory_encoder_downsamples": (2,), "memory_decoder_depths": (1,)}
     return options | shallow if "conv" in names else options
 
 
@@ -83,27 +75,3 @@ def step(model: nn.Module) -> dict[str, Tensor]:
     loss(answers).backward()
     gradients = {name.removeprefix("_orig_mod."): parameter.grad for name, parameter in model.named_parameters()}
     return dict(zip(("memory", "process"), answers, strict=True)) | gradients
-
-
-def check_compiles(options: dict, backend: str, **more: object) -> None:
-    """As one graph, with the same answers and gradients."""
-    model = build(options, **more)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
-    torch.testing.assert_close(step(compiled), step(model), rtol=1e-4, atol=1e-5)
-
-
-@torch.no_grad()
-def check_exports(options: dict, **more: object) -> None:
-    """With a batch of any size: as a program of torch, and that as ONNX, which onnxruntime runs."""
-    model = build(options, **more).eval()
-    program = torch.export.export(model, (images(),), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    torch.testing.assert_close(program.module()(images(3)), model(images(3)))
-    with warnings.catch_warnings():  # what torch.onnx uses is deprecated
-        warnings.simplefilter("ignore", FutureWarning)
-        exported = torch.onnx.export(program, dynamo=True, verbose=False)
-    file = io.BytesIO()
-    exported.save(file)
-    session = onnxruntime.InferenceSession(file.getvalue())
-    (answer,) = session.run(None, {session.get_inputs()[0].name: images(3).numpy()})
-    torch.testing.assert_close(torch.from_numpy(answer), model(images(3)), rtol=0, atol=1e-4)
