@@ -5,7 +5,6 @@ import time
 
 import combinations
 import pytest
-import torch
 from combinations import HEADS, check_equals_reference, options_of, refusal
 from graphs import check_compiles, check_exports
 from variants import VARIANTS

@@ -47,7 +47,9 @@ def test_the_reference_is_the_authors_program(golden):
     torch.testing.assert_close(loss, golden.expected["loss"], **TOLERANCE)
     loss.backward()
     norms = {name: tensor.grad.norm().item() for name, tensor in state.items() if tensor.grad is not None}
-    assert norms == pytest.approx({name: norm for name, norm in golden.grad_norms.items() if norm is not None}, **GRADIENT)
+    assert norms == pytest.approx(
+        {name: norm for name, norm in golden.grad_norms.items() if norm is not None}, **GRADIENT
+    )
 
 
 def test_the_authors_weights_have_these_names_and_shapes(golden):

@@ -130,6 +130,8 @@ def _memory_block(i: int, config: dict) -> Shapes:
 
 def _convnext(name: str, channels: int) -> Shapes:
     wide = 4 * channels
-    found = _linear(f"{name}.conv_dw", channels, 1, 7) | _norm(f"{name}.norm", channels) | {f"{name}.gamma": (channels,)}
+    found = (
+        _linear(f"{name}.conv_dw", channels, 1, 7) | _norm(f"{name}.norm", channels) | {f"{name}.gamma": (channels,)}
+    )
     found |= _linear(f"{name}.mlp.fc1", wide, channels, 1) | _linear(f"{name}.mlp.fc2", channels, wide, 1)
     return found | _norm(f"{name}.mlp.grn", wide)
