@@ -1,4 +1,4 @@
-"""Each option of ViTTM learns, in fp32, in bf16 and with activation checkpointing; and what no model can be is refused."""
+"""Each option of ViTTM learns, also in bf16 and with activation checkpointing; what no model can be is refused."""
 
 import pytest
 import timm
@@ -142,8 +142,8 @@ def test_widths_that_do_not_divide():
 def test_memory_blocks():
     _refused("memory_blocks='lstm' is not available in ViTTM; it has None, '', 'mlp', 'conv'.", memory_blocks="lstm")
     _refused(
-        "memory_encoder_depths=[3, 3], memory_encoder_downsamples=[2], memory_decoder_depths=[3, 3]: every stage of the "
-        "encoder has a depth, a downsampling and a stage of the decoder that undoes it: give all three the same number",
+        "memory_encoder_depths=[3, 3], memory_encoder_downsamples=[2], memory_decoder_depths=[3, 3]: every stage of "
+        "the encoder has a depth, a downsampling and a stage of the decoder that undoes it: give all three the same",
         memory_blocks="conv",
         memory_encoder_downsamples=(2,),
     )

@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from timm.data import resolve_model_data_config
+from timm.layers import LayerScale
 from timm.models._features import FeatureGetterNet
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import Tensor
@@ -14,10 +15,9 @@ from pipeline.models.vittm import ViTTM
 from shards.errors import UserError
 
 DEPTH = 4
-SIZES = ("tiny", "small", "base", "large")
 
 
-@pytest.fixture(params=[{}, {"global_pool": "token", "memory_blocks": "conv"}], ids=str)
+@pytest.fixture(params=[{}, {"global_pool": "token", "memory_blocks": "mlp"}], ids=str)
 def model(request: pytest.FixtureRequest) -> ViTTM:
     return build(request.param, depth=DEPTH).eval()
 
@@ -91,8 +91,7 @@ def test_pruning_keeps_what_the_features_need(model):
     assert (model.num_classes, list(model.head.parameters())) == (0, [])
     torch.testing.assert_close(model.forward_intermediates(images(), indices=[0, 2]), (features, maps), rtol=0, atol=0)
     assert model.prune_intermediate_layers(1, prune_norm=True, prune_head=False) == [2]
-    memory, process = model.forward_features(images())
-    assert memory.shape == (2, 64, 48)
+    assert [tokens.shape for tokens in model.forward_features(images())] == [(2, 64, 48), (2, 16, 48)]
     assert not any(norm.state_dict() for norm in (model.norm, model.process_norm))
 
 
@@ -154,18 +153,22 @@ def test_classifiers_can_be_replaced_and_read():
         model.reset_classifier(0, "")
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", ["tiny", "small", "base", "large"])
 def test_deittm_has_layer_scale_from_small_up(size):
-    vittm, deittm = (
-        timm.create_model(f"{family}_{size}", depth=1, num_classes=2).state_dict() for family in ("vittm", "deittm")
-    )
-    scales = {name: tensor for name, tensor in deittm.items() if name not in vittm}
-    expected = [] if size == "tiny" else ["layers.0.block.ls1.gamma", "layers.0.block.ls2.gamma"]
-    assert list(scales) == expected
-    assert all((gamma == 1e-6).all() for gamma in scales.values())
-    assert {name: tensor.shape for name, tensor in vittm.items()}.items() <= {
-        name: tensor.shape for name, tensor in deittm.items()
-    }.items()
+    with torch.device("meta"):
+        vittm, deittm = (timm.create_model(f"{family}_{size}") for family in ("vittm", "deittm"))
+    scales = {name: module for name, module in deittm.named_modules() if isinstance(module, LayerScale)}
+    expected = [f"layers.{i}.block.{scale}" for i in range(len(vittm.layers)) for scale in ("ls1", "ls2")]
+    assert list(scales) == ([] if size == "tiny" else expected)
+    assert all(scale.init_values == 1e-6 for scale in scales.values())
+    assert [(gamma == 1e-6).all() for gamma in _gammas(f"deittm_{size}")] == [True, True] * (size != "tiny")
+    shapes, of_vittm = ({name: w.shape for name, w in model.state_dict().items()} for model in (deittm, vittm))
+    assert {name: shape for name, shape in shapes.items() if not name.endswith(".gamma")} == of_vittm
+
+
+def _gammas(name: str) -> list[Tensor]:
+    model = timm.create_model(name, depth=1, embed_dim=48, num_heads=3)
+    return [weight for name, weight in model.named_parameters() if name.endswith("gamma")]
 
 
 def test_preprocessing_is_that_of_the_recipes_evaluation():
