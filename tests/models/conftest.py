@@ -12,6 +12,17 @@ from safetensors.torch import load_file
 from pipeline.models.vittm import ViTTM, remap_upstream_state_dict
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "vittm"
+REFERENCES = (
+    "lin_residual",
+    "lin_same_patch",
+    "lin_resampled_at_48",
+    "lin_add_erase_mlp",
+    "ca_erase",
+    "la_residual",
+    "lca_residual",
+    "tl_residual",
+    "conv_memory",
+)
 
 
 @dataclass(frozen=True)
@@ -22,7 +33,7 @@ class Golden:
     weights: dict[str, torch.Tensor]
     given: dict[str, torch.Tensor]
     expected: dict[str, torch.Tensor]
-    grad_norms: dict[str, float | None]
+    grad_norms: dict[str, float | None]  # None: created by the authors' program, and never used
 
     def model(self) -> ViTTM:
         model = ViTTM(**self.options)
@@ -43,7 +54,7 @@ def read_golden(name: str) -> Golden:
     return Golden(options, *parts, described["grad_norms"])
 
 
-@pytest.fixture(params=["lin_residual", "lin_same_patch", "lin_resampled_at_48"])
+@pytest.fixture(params=REFERENCES)
 def golden(request: pytest.FixtureRequest) -> Golden:
     return read_golden(request.param)
 

@@ -173,8 +173,9 @@ def test_refusals_name_the_value_the_reason_and_the_remedy():
     _refused("pos_drop_rate=1.5, but it is the share that is dropped, from 0 to below 1", pos_drop_rate=1.5)
     _refused("num_heads=5 does not divide embed_dim=192: a head takes an equal share", num_heads=5)
     _refused("set num_heads to 3 or 4 or 6, or change embed_dim.", num_heads=5)
-    _refused("latent_size_scale=7 does not divide embed_dim=192", latent_size_scale=7)
+    _refused("num_heads=3 does not divide embed_dim // latent_size_scale=38", latent_size_scale=5)
     _refused("num_heads=3 does not divide embed_dim // latent_size_scale=2", latent_size_scale=96)
+    _refused("embed_dim // latent_size_scale=0, but it is a number of things, at least 1", latent_size_scale=193)
 
 
 def test_an_image_that_the_patches_do_not_divide_is_refused(small):

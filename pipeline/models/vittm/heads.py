@@ -246,9 +246,9 @@ RW_HEADS: dict[str, type[nn.Module]] = {
 
 
 def _latent_dim(dim: int, num_heads: int, latent_size_scale: int) -> int:
-    """c = D / `latent_size_scale`; raises UserError where that, or c / H, is no whole number."""
-    check_divides("latent_size_scale", latent_size_scale, "embed_dim", dim, "queries and keys are a part of it")
+    """c = D // `latent_size_scale`; raises UserError where that is 0, or H does not divide it."""
     latent_dim = dim // latent_size_scale
+    check_positive("embed_dim // latent_size_scale", latent_dim)
     reason = "a read/write head takes an equal share of each"
     check_divides("num_heads", num_heads, "embed_dim // latent_size_scale", latent_dim, reason)
     return latent_dim

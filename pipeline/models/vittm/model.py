@@ -40,7 +40,7 @@ class ViTTM(TimmInterface, nn.Module):
     Sizes of images and patches (`img_size`, `memory_ps`, `process_ps`) are in pixels. Process tokens are patches,
     memory tokens averaged to `process_tokens` x `process_tokens` ("downsample"), or `process_tokens` learned vectors
     ("latent"). Streams read and write by heads (`rw_head_type`): lin, la and lca with queries and keys of width
-    D / `latent_size_scale`, ca, tl, and dyna with `dyna_num_heads` heads of `reduced_dim` features a token, over both
+    D // `latent_size_scale`, ca, tl, and dyna with `dyna_num_heads` heads of `reduced_dim` features a token, over both
     streams or, without `dyna_concat`, the source alone. `fusion_type` says how what was read joins its stream, and
     `memory_blocks` ("mlp" with `memory_mlp_ratio`, "conv" with its depths and downsamplings) what memory goes through.
 

@@ -1,0 +1,92 @@
+"""ViTTM on two ranks of DDP, FSDP2 and ZeRO-2 has the losses of one; under DDP no parameter may lack a gradient."""
+
+import dataclasses
+import json
+import os
+from functools import partial
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+from variants import SMALL
+
+from pipeline.backend import StepOptions, World, start, wrap
+from pipeline.loss import SummedOverHeads
+from pipeline.models.vittm import ViTTM
+from pipeline.optim import adamw
+from pipeline.trainer import leave
+
+STRATEGIES = ("ddp", "fsdp", "deepspeed")
+MODELS = {
+    "default": {},
+    "shared fusions": {
+        "rw_head_type": "ca",
+        "fusion_type": "add_erase",
+        "process_embedder_type": "latent",
+        "memory_blocks": "mlp",
+        "init_values": 0.1,
+    },
+    "activation checkpointing": {
+        "rw_head_type": "dyna",
+        "fusion_type": "erase",
+        "process_embedder_type": "downsample",
+        "memory_blocks": "conv",
+        "memory_encoder_depths": (1, 1),
+        "memory_decoder_depths": (1, 1),
+        "global_pool": "token",
+    },
+}
+STEPS, BATCH = 3, 4
+TOLERANCE = 1e-5
+
+
+def train_each(strategies: tuple[str, ...], file: Path) -> None:
+    """Three steps of every model by every strategy, in this one launch: {"model, strategy": [[loss, norm], ...]}."""
+    world = start("cpu")
+    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(ranks.ROOT / "ds_configs" / "zero2.json")
+    found = {}
+    for strategy in strategies:
+        placed = dataclasses.replace(world, strategy=strategy)
+        found |= {f"{name}, {strategy}": train(placed, name) for name in MODELS}
+    if world.is_main:
+        file.write_text(json.dumps(found))
+    leave(0)
+
+
+def train(world: World, name: str) -> list[list[float]]:
+    """Of each step the loss of the whole batch, and the gradient norm."""
+    torch.manual_seed(0)
+    model = ViTTM(**SMALL | MODELS[name])
+    model.set_grad_checkpointing(name == "activation checkpointing")
+    optimizer = partial(adamw, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05)
+    backend = wrap(world, model, optimizer, BATCH // world.size, StepOptions())
+    backend.set_lr(1e-3)
+    generator = torch.Generator().manual_seed(1)
+    steps = []
+    for _ in range(STEPS):
+        images = torch.randn(BATCH, 3, 32, 32, generator=generator)[world.rank :: world.size]
+        targets = torch.eye(7)[torch.arange(BATCH)[world.rank :: world.size]]
+        loss, norm = backend.step(SummedOverHeads("ce"), [(images, targets)])
+        steps.append([world.sum([loss.item()])[0] / world.size, norm.item()])
+    backend.close()
+    return steps
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[float]]]:
+    root = tmp_path_factory.mktemp("distributed")
+    alone = ranks.run_function(train_each, (("ddp",), root / "one.json"), root / "logs", 1)
+    pair = ranks.run_function(train_each, (STRATEGIES, root / "two.json"), root / "logs", 2)
+    for ended in (alone.wait(), pair.wait()):
+        assert set(ended.codes) == {0}, "\n".join(ended.outputs)
+    one, two = (json.loads((root / f"{size}.json").read_text()) for size in ("one", "two"))
+    return {f"one {name}": found for name, found in one.items()} | two
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("model", MODELS)
+def test_losses_and_norms_equal_those_of_one_process(steps, model, strategy):
+    expected, found = steps[f"one {model}, ddp"], steps[f"{model}, {strategy}"]
+    assert found == [pytest.approx(step, rel=TOLERANCE) for step in expected]
+    assert found[-1][0] < found[0][0]
