@@ -1,14 +1,8 @@
-"""One state on disk: written aside, flushed, hashed, committed by a rename; only what is whole is ever loaded.
+"""The checkpoints of a run: saved, found again, loaded."""
 
-`RUN/checkpoints/step-00000100/` holds `engine/` (the backend's files), `ema/`, one `rng-rank-N.safetensors` a rank,
-`state.json`, `manifest.json` (size and SHA-256 of each file) and `COMMITTED` (the manifest's own hash).
-"""
-
-import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,11 +13,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from shards.durable import atomic_file, sync_directory
+from pipeline.checkpoint.whole import (
+    difference,
+    file_names,
+    flushed_hash,
+    make_empty,
+    read_manifest,
+    remove,
+    seal,
+    write_bytes,
+)
+from shards.durable import sync_directory
 from shards.errors import UserError
 
-MANIFEST = "manifest.json"
-COMMITTED = "COMMITTED"
 LATEST = "latest"
 STATE = "state.json"
 TEMPORARY = ".tmp"
@@ -66,7 +68,7 @@ class Checkpoints:
         final = self.root / f"step-{step:08d}"
         temporary = final.with_name(final.name + TEMPORARY)
         try:
-            self._on_main(lambda: _make_empty(temporary))
+            self._on_main(lambda: make_empty(temporary))
             self._write(temporary, engine, averages, state | {"step": step})
             hashes = self._hash(temporary)
             self._on_main(lambda: self._commit(temporary, final, hashes))
@@ -108,38 +110,32 @@ class Checkpoints:
 
     def _hash(self, directory: Path) -> dict[str, dict]:
         """Size and hash of every file below, flushed to the disk; the ranks share the work."""
-        names = self.world.from_main(sorted(_names(directory)))
+        names = self.world.from_main(file_names(directory))
         mine = names[self.world.rank :: self.world.size]  # type: ignore[index]
-        parts = self.world.gather({name: _flushed_hash(directory / name) for name in mine})
+        parts = self.world.gather({name: flushed_hash(directory / name) for name in mine})
         return {name: entry for part in parts for name, entry in part.items()}  # type: ignore[attr-defined]
 
     def _commit(self, temporary: Path, final: Path, hashes: dict[str, dict]) -> None:
-        manifest = json.dumps(hashes, indent=1, sort_keys=True)
-        _write_text(temporary / MANIFEST, manifest)
-        _write_text(temporary / COMMITTED, _sha256(manifest))
-        for directory in (temporary, *(path for path in temporary.rglob("*") if path.is_dir())):
-            sync_directory(directory)
+        seal(temporary, hashes)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         sync_directory(self.root)
-        _write_text(self.root / LATEST, final.name)
+        write_bytes(self.root / LATEST, final.name.encode())
         self._prune(final)
 
     def _prune(self, final: Path) -> None:
         """Removes all but the newest `keep` up to `final` (a later one is not whole, or the run would have resumed from
-        it), and what an interrupted save left. COMMITTED goes first, so a half-removed one is never loaded."""
+        it), and what an interrupted save left."""
         committed = sorted(path for path in self.root.glob("step-*[0-9]") if path <= final)
-        for path in [*committed[: -self.keep], *self.root.glob("step-*" + TEMPORARY)]:
-            (path / COMMITTED).unlink(missing_ok=True)
-            shutil.rmtree(path)
+        remove([*committed[: -self.keep], *self.root.glob("step-*" + TEMPORARY)])
 
     def _why_not_whole(self, path: Path) -> str:
-        manifest = self.world.from_main(_read_manifest(path))
+        manifest = self.world.from_main(read_manifest(path))
         if isinstance(manifest, str):
             return manifest
         names = sorted(manifest)  # type: ignore[call-overload]
         mine = names[self.world.rank :: self.world.size]
-        found = [_difference(path, name, manifest[name]) for name in mine]  # type: ignore[index]
+        found = [difference(path, name, manifest[name]) for name in mine]  # type: ignore[index]
         everyone = [text for part in self.world.gather(found) for text in part if text]  # type: ignore[attr-defined]
         return "; ".join(everyone[:3])
 
@@ -158,48 +154,6 @@ class Checkpoints:
 
 def read_state(path: Path) -> dict:
     return json.loads((path / STATE).read_text())
-
-
-def _make_empty(directory: Path) -> None:
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
-
-
-def _names(directory: Path) -> Iterable[str]:
-    return (str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
-
-
-def _read_manifest(path: Path) -> dict | str:
-    """The manifest, or why it cannot be trusted."""
-    try:
-        text, committed = (path / MANIFEST).read_text(), (path / COMMITTED).read_text()
-        return json.loads(text) if committed == _sha256(text) else f"{COMMITTED} does not match {MANIFEST}"
-    except (OSError, ValueError) as error:
-        return f"not committed: {error}"
-
-
-def _difference(path: Path, name: str, entry: dict) -> str:
-    try:
-        with (path / name).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        return f"{name}: {error}"
-    return "" if digest == entry["sha256"] else f"{name}: its SHA-256 is not the manifest's"
-
-
-def _flushed_hash(path: Path) -> dict:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _write_text(path: Path, text: str) -> None:
-    with atomic_file(path) as file:
-        file.write(text.encode())
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _rng_name(rank: int) -> str:
