@@ -75,10 +75,12 @@ class Learner:
 
 @dataclass
 class Progress:
-    """`start` steps were done when the run was built; `saved` are in its newest checkpoint."""
+    """`start` steps were done when the run was built; `saved` are in its newest checkpoint. For checkpoints, training
+    has stood still for `save_seconds` since then."""
 
     start: int = 0
     saved: int = 0
+    save_seconds: float = 0.0
     seconds_before: float = 0.0
     began: float = field(default_factory=time.monotonic)
 
@@ -122,7 +124,9 @@ def prepare(recipe: Recipe, world: World) -> Run:
     given = make_input(recipe, index, store, world)
     schedule, durations = make_schedule(recipe, given.stream.plan.batches_per_epoch)
     run_dir = Path(recipe.run_dir)
-    checkpoints = Checkpoints(run_dir / "checkpoints", world, recipe.checkpoint.keep)
+    checkpoints = Checkpoints(
+        run_dir / "checkpoints", world.apart(), recipe.checkpoint.keep, recipe.checkpoint.asynchronous
+    )
     newest = checkpoints.newest()
     if newest is not None:
         check_same_recipe(read_state(newest)["recipe"], recipe, newest)

@@ -38,8 +38,8 @@ MAY_CHANGE = (
 
 
 class Meter:
-    """Images a second, and the share of the time spent waiting for data, since it was last read. Evaluations and
-    checkpoints are left out."""
+    """Images a second, the share of the time spent waiting for data, and the seconds that training stood still for
+    checkpoints, since it was last read. Of images and data, evaluations and checkpoints are left out."""
 
     def __init__(self, global_batch: int) -> None:
         self.global_batch = global_batch
@@ -60,14 +60,23 @@ class Meter:
         yield
         self._since += time.perf_counter() - began
 
+    def saved(self, seconds: float) -> None:
+        """So long a checkpoint made the training stand still."""
+        self._since += seconds
+        self._saved += seconds
+
     def read(self) -> dict[str, float]:
         seconds = time.perf_counter() - self._since
-        values = {"images_per_second": self._steps * self.global_batch / seconds, "data_wait": self._waited / seconds}
+        values = {
+            "images_per_second": self._steps * self.global_batch / seconds,
+            "data_wait": self._waited / seconds,
+            "save_seconds": self._saved,
+        }
         self.restart()
         return values
 
     def restart(self) -> None:
-        self._since, self._waited, self._steps = time.perf_counter(), 0.0, 0
+        self._since, self._waited, self._saved, self._steps = time.perf_counter(), 0.0, 0.0, 0
 
 
 class Record:
@@ -121,6 +130,12 @@ class Record:
             if values.get("unreadable"):
                 brief += f"  ({values['unreadable']:.0f} images are unreadable and count as wrong: quarantine.jsonl)"
             self._bar.write(f"step {step}  {split}: {brief}")
+
+    def saved(self, step: int, seconds: float) -> None:
+        """A checkpoint of `step` made the training stand still for so long; the next logged step has it, too."""
+        self.meter.saved(seconds)
+        if self.is_main:
+            self._bar.write(f"step {step}  checkpoint: training stood still for {seconds:.3f} s")
 
     def flush(self) -> None:
         """Metrics reach the disk before the checkpoint that continues them."""

@@ -6,6 +6,7 @@ A checkpoint of a step is taken before the evaluation of that step; a run that r
 import math
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -65,7 +66,8 @@ def train(run: Run) -> str:
     """The loop. Each rank runs it in step with the others."""
     learner, every, total = run.learner, run.durations, run.durations.total
     start = run.progress.start
-    with run.record.open(start, total), run.input.stream.open(start, total) as batches:
+    streaming = run.input.stream.open(start, total)
+    with run.record.open(start, total), run.checkpoints.settled(), streaming as batches:
         if due(start, every.evaluate, total) and not evaluate(run, start):
             return stop(run, start)
         for step in range(start, total):
@@ -138,9 +140,10 @@ def evaluate(run: Run, done: int) -> bool:
 
 
 def save(run: Run, done: int) -> None:
-    """Commits a checkpoint of `done` steps, unless there is one."""
+    """Saves a checkpoint of `done` steps, unless there is one; it may be committed behind the steps that follow."""
     if run.progress.saved == done:
         return
+    began = time.perf_counter()
     run.record.flush()
     state = {
         "data": run.input.stream.state(done),
@@ -150,15 +153,18 @@ def save(run: Run, done: int) -> None:
         "strategy": run.world.strategy,
         "recipe": flatten(run.recipe),
     }
-    with run.record.meter.paused():
-        run.checkpoints.save(done, run.learner.backend, run.learner.averages(), state)
+    run.checkpoints.save(done, run.learner.backend, run.learner.averages(), state)
     run.progress.saved = done
+    seconds = time.perf_counter() - began
+    run.progress.save_seconds += seconds
+    run.record.saved(done, seconds)
 
 
 def stop(run: Run, done: int) -> str:
     """Saves, and asks to be started again."""
     if done:
         save(run, done)
+    run.checkpoints.wait()
     if run.world.is_main:
         write_outcome(run.run_dir, "requeue", done, "a signal asked the run to stop; start it again to go on")
     return "requeue"
@@ -170,10 +176,12 @@ def finish(run: Run) -> str:
     if run.learner.ema:
         with run.learner.ema.swap():
             export(run, "ema")
+    run.checkpoints.wait()
     if run.world.is_main:
         images = run.durations.total * run.recipe.data.global_batch
         reason = f"trained for {run.recipe.schedule.length}"
-        write_outcome(run.run_dir, "done", run.durations.total, reason, images=images, seconds=run.progress.seconds())
+        spent = {"seconds": run.progress.seconds(), "save_seconds": run.progress.save_seconds}
+        write_outcome(run.run_dir, "done", run.durations.total, reason, images=images, **spent)
     run.world.barrier()
     return "done"
 

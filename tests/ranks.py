@@ -125,7 +125,7 @@ def _script(script: str, options: list[str]) -> None:
 
 
 def metrics(run_dir: Path) -> list[dict]:
-    """The lines of a run's metrics, but for the fields that may differ between equal runs."""
+    """The lines of a run's metrics, but for the fields that may differ between equal runs: those that tell the time."""
     lines = [json.loads(text) for text in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    timed = ("images_per_second", "data_wait")
-    return [{name: value for name, value in line.items() if name not in timed} for line in lines]
+    timed = ("images_per_second", "data_wait", "seconds")
+    return [{name: value for name, value in line.items() if not name.endswith(timed)} for line in lines]

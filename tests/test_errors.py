@@ -119,7 +119,7 @@ def test_a_bad_image_is_named(start, small, shards, tmp_path):
 
 
 def train_on_a_full_disk(options: list[str], strategy: str, limit: int) -> None:
-    """No file may grow beyond the limit from the second checkpoint on."""
+    """No file may grow beyond the limit from the second checkpoint on, which is written behind the training."""
     recipe = parse(finetune_1k.make, finetune_1k.MODELS, "", ["--debug", *options])
     os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(ranks.ROOT / "ds_configs" / "zero2.json")
 
@@ -127,8 +127,10 @@ def train_on_a_full_disk(options: list[str], strategy: str, limit: int) -> None:
         run = prepare(recipe, dataclasses.replace(world, strategy=strategy))
         with run.record.open(0, 4):
             save(run, 2)
+            run.checkpoints.wait()
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
             save(run, 4)
+            run.checkpoints.wait()
         return "done"
 
     launch(job, recipe.runtime, Path(recipe.run_dir))
@@ -139,8 +141,9 @@ def test_a_full_disk_leaves_the_older_checkpoint_whole(small, tmp_path, strategy
     options = [*small, "--run-dir", str(tmp_path / "run")]
     ended = ranks.run_function(train_on_a_full_disk, (options, strategy, 20_000), tmp_path / "logs", 2).wait()
     assert 2 in ended.codes, "\n".join(ended.outputs)
-    assert "the checkpoint of step 4 cannot be written" in "".join(ended.outputs)
-    assert "start again, the run resumes from the newest of them" in "".join(ended.outputs)
+    told = [text for text in ended.outputs if "error: the checkpoint of step 4 cannot be written" in text]
+    assert told if strategy == "deepspeed" else len(told) == 2  # ZeRO's own save fails where it fails
+    assert all("start again, the run resumes from the newest of them" in text for text in told)
     root = tmp_path / "run" / "checkpoints"
     assert (root / "latest").read_text() == "step-00000002"
     assert (root / "step-00000002" / "COMMITTED").exists()

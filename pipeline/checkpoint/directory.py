@@ -2,17 +2,22 @@
 
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as as_safetensors
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from pipeline.checkpoint.behind import Behind
 from pipeline.checkpoint.whole import (
     difference,
     file_names,
@@ -26,6 +31,7 @@ from pipeline.checkpoint.whole import (
 from shards.durable import sync_directory
 from shards.errors import UserError
 
+T = TypeVar("T")
 LATEST = "latest"
 STATE = "state.json"
 TEMPORARY = ".tmp"
@@ -40,7 +46,8 @@ class Ranks(Protocol):
     def size(self) -> int: ...
     @property
     def is_main(self) -> bool: ...
-    def barrier(self) -> None: ...
+    @property
+    def group(self) -> dist.ProcessGroup | None: ...
     def gather(self, value: object) -> list[object]: ...
     def from_main(self, value: object) -> object: ...
 
@@ -49,35 +56,67 @@ class Engine(Protocol):
     """The part of a Backend that is needed here."""
 
     def save_engine(self, directory: Path) -> None: ...
+    def stage_engine(self) -> Callable[[Path, dist.ProcessGroup | None], None] | None: ...
     def load_engine(self, directory: Path) -> None: ...
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one run directory, of which the newest `keep` stay; every rank calls every method."""
+    """The checkpoints of one run directory, of which the newest `keep` stay; every rank calls every method.
+
+    `asynchronous`: what can be copied into memory is written and committed in a thread, one checkpoint at a time, over
+    the group of `world`, which nothing else may use then.
+    """
 
     root: Path
     world: Ranks
     keep: int
+    asynchronous: bool = False
+    behind: Behind = field(default_factory=Behind)
 
     def save(self, step: int, engine: Engine, averages: dict[str, Tensor], state: dict) -> Path:
-        """Commits the state of `step`; older checkpoints are pruned only after that.
+        """Commits the state of `step`; older checkpoints are pruned only after that. Asynchronously, it returns when
+        the one before is committed and this one copied.
 
-        Raises UserError where it cannot be written (the older ones stay whole).
+        Raises UserError where it, or the one before, cannot be written (the older ones stay whole).
         """
+        self.wait()
+        own = self._own_files(state | {"step": step})
+        staged = engine.stage_engine() if self.asynchronous else None
+        write_engine = staged or (lambda directory, group: engine.save_engine(directory))
+        if staged:
+            averages = {name: tensor.detach().to("cpu", copy=True) for name, tensor in averages.items()}
+
+        def write(directory: Path) -> None:
+            write_engine(directory / "engine", self.world.group)
+            if averages:
+                dcp.save({"ema": averages}, checkpoint_id=directory / "ema", process_group=self.world.group)
+            self._together(lambda: _write_all(directory, own))
+
         final = self.root / f"step-{step:08d}"
-        temporary = final.with_name(final.name + TEMPORARY)
-        try:
-            self._on_main(lambda: make_empty(temporary))
-            self._write(temporary, engine, averages, state | {"step": step})
-            hashes = self._hash(temporary)
-            self._on_main(lambda: self._commit(temporary, final, hashes))
-        except (OSError, UserError, CheckpointException) as error:
-            raise UserError(
-                f"the checkpoint of step {step} cannot be written to {self.root} ({error}): the older checkpoints are "
-                "whole; free space or permissions there and start again, the run resumes from the newest of them"
-            ) from error
+        if staged:
+            self.behind.start(lambda: self._save(final, write))
+        else:
+            self._save(final, write)
         return final
+
+    def wait(self) -> None:
+        """Returns when no commit is under way; raises UserError, on every rank alike, where it failed."""
+        self.behind.wait()
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """Waits for the commit that is under way when the body ends, also by an error, which that of a commit does not
+        replace."""
+        try:
+            yield
+        except BaseException:
+            try:
+                self.wait()
+            except Exception as error:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            raise
+        self.wait()
 
     def newest(self) -> Path | None:
         """The newest committed checkpoint whose files are what the manifest says; what is not whole is named."""
@@ -99,21 +138,31 @@ class Checkpoints:
         if rng.exists():
             _set_rng(load_file(rng))
 
-    def _write(self, directory: Path, engine: Engine, averages: dict[str, Tensor], state: dict) -> None:
-        engine.save_engine(directory / "engine")
-        if averages:
-            dcp.save({"ema": averages}, checkpoint_id=directory / "ema")
-        save_file(_get_rng(), directory / _rng_name(self.world.rank))
-        if self.world.is_main:
-            (directory / STATE).write_text(json.dumps(state, indent=1))
-        self.world.barrier()
+    def _own_files(self, state: dict) -> dict[str, bytes]:
+        """Name -> content of what this rank alone has to say."""
+        files = {_rng_name(self.world.rank): as_safetensors(_get_rng())}
+        return files | ({STATE: json.dumps(state, indent=1).encode()} if self.world.is_main else {})
+
+    def _save(self, final: Path, write: Callable[[Path], None]) -> None:
+        temporary = final.with_name(final.name + TEMPORARY)
+        try:
+            self._together(lambda: make_empty(temporary) if self.world.is_main else None)
+            write(temporary)
+            hashes = self._hash(temporary)
+            self._together(lambda: self._commit(temporary, final, hashes) if self.world.is_main else None)
+        except (OSError, UserError, CheckpointException) as error:
+            raise UserError(
+                f"the checkpoint of step {int(final.name.removeprefix('step-'))} cannot be written to {self.root} "
+                f"({error}): the older checkpoints are whole; free space or permissions there and start again, the run "
+                "resumes from the newest of them"
+            ) from error
 
     def _hash(self, directory: Path) -> dict[str, dict]:
         """Size and hash of every file below, flushed to the disk; the ranks share the work."""
         names = self.world.from_main(file_names(directory))
         mine = names[self.world.rank :: self.world.size]  # type: ignore[index]
-        parts = self.world.gather({name: flushed_hash(directory / name) for name in mine})
-        return {name: entry for part in parts for name, entry in part.items()}  # type: ignore[attr-defined]
+        parts = self._together(lambda: {name: flushed_hash(directory / name) for name in mine})
+        return {name: entry for part in parts for name, entry in part.items()}
 
     def _commit(self, temporary: Path, final: Path, hashes: dict[str, dict]) -> None:
         seal(temporary, hashes)
@@ -139,21 +188,27 @@ class Checkpoints:
         everyone = [text for part in self.world.gather(found) for text in part if text]  # type: ignore[attr-defined]
         return "; ".join(everyone[:3])
 
-    def _on_main(self, work: Callable[[], None]) -> None:
-        """Runs `work` on rank 0; where it fails, it fails on every rank, so that none waits for another."""
-        error: Exception | None = None
-        if self.world.is_main:
-            try:
-                work()
-            except (OSError, UserError) as caught:
-                error = caught
-        error = self.world.from_main(error)  # type: ignore[assignment]
-        if error is not None:
-            raise error
+    def _together(self, work: Callable[[], T]) -> list[T]:
+        """What `work` gives on each rank; where it fails on one it fails on all, so that none waits for another."""
+        found: T | Exception
+        try:
+            found = work()
+        except (OSError, UserError) as error:
+            found = error
+        everyone = self.world.gather(found)
+        failed = [outcome for outcome in everyone if isinstance(outcome, Exception)]
+        if failed:
+            raise failed[0]
+        return everyone  # type: ignore[return-value]
 
 
 def read_state(path: Path) -> dict:
     return json.loads((path / STATE).read_text())
+
+
+def _write_all(directory: Path, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        write_bytes(directory / name, content)
 
 
 def _rng_name(rank: int) -> str:

@@ -6,45 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch import nn
 
-from pipeline.backend import Backend, StepOptions, wrap
 from pipeline.checkpoint import Checkpoints, read_state
-from pipeline.optim import adamw
 from shards.errors import UserError
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.fixture
-def backend(alone) -> Backend:
-    torch.manual_seed(0)
-    found = wrap(alone, nn.Linear(3, 2), lambda m: adamw(m, (0.9, 0.999), 1e-8, 0.0), 4, StepOptions())
-    found.set_lr(0.1)
-    return found
-
-
-@pytest.fixture
-def checkpoints(alone, tmp_path) -> Checkpoints:
-    return Checkpoints(tmp_path / "checkpoints", alone, keep=2)
-
-
-def train(backend: Backend, seed: int) -> None:
-    images = torch.randn(4, 3, generator=torch.Generator().manual_seed(seed))
-    backend.step(lambda outputs, targets: (outputs - targets).square().mean(), [(images, torch.zeros(4, 2))])
-
-
-def save(checkpoints: Checkpoints, backend: Backend, step: int) -> Path:
-    return checkpoints.save(step, backend, {"w": torch.full((2,), float(step))}, {"kept": "yes"})
-
-
-def test_what_was_saved_is_restored(checkpoints, backend):
+def test_what_was_saved_is_restored(checkpoints, backend, save, train):
     train(backend, 1)
     path = save(checkpoints, backend, 1)
     random = torch.rand(3)
@@ -60,7 +27,7 @@ def test_what_was_saved_is_restored(checkpoints, backend):
     torch.testing.assert_close(backend.parameters(), expected, rtol=0, atol=0)
 
 
-def test_the_newest_are_kept(checkpoints, backend):
+def test_the_newest_are_kept(checkpoints, backend, save):
     for step in (1, 2, 10):
         save(checkpoints, backend, step)
     assert sorted(path.name for path in checkpoints.root.iterdir()) == ["latest", "step-00000002", "step-00000010"]
@@ -88,7 +55,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("reason", DAMAGES)
-def test_what_is_not_whole_is_named_and_passed_over(checkpoints, backend, capsys, reason):
+def test_what_is_not_whole_is_named_and_passed_over(checkpoints, backend, capsys, reason, save):
     good, bad = save(checkpoints, backend, 1), save(checkpoints, backend, 2)
     DAMAGES[reason](bad)
     assert checkpoints.newest() == good
@@ -98,7 +65,7 @@ def test_what_is_not_whole_is_named_and_passed_over(checkpoints, backend, capsys
     assert checkpoints.newest() == good
 
 
-def test_an_interrupted_save_is_ignored_and_removed(checkpoints, backend):
+def test_an_interrupted_save_is_ignored_and_removed(checkpoints, backend, save):
     save(checkpoints, backend, 1)
     half = checkpoints.root / "step-00000002.tmp"
     half.mkdir()
@@ -108,7 +75,7 @@ def test_an_interrupted_save_is_ignored_and_removed(checkpoints, backend):
     assert not half.exists()
 
 
-def test_a_disk_that_fills_up_while_committing(checkpoints, backend):
+def test_a_disk_that_fills_up_while_committing(checkpoints, backend, save):
     """/dev/full answers every write as a full disk does."""
     older = save(checkpoints, backend, 1)
     (checkpoints.root / f"latest.{os.getpid()}.tmp").symlink_to("/dev/full")
@@ -117,7 +84,7 @@ def test_a_disk_that_fills_up_while_committing(checkpoints, backend):
     assert (older / "COMMITTED").exists()
 
 
-def test_where_nothing_can_be_written(alone, backend, tmp_path):
+def test_where_nothing_can_be_written(alone, backend, tmp_path, save):
     (tmp_path / "checkpoints").write_text("a file")
     with pytest.raises(UserError, match=r"the checkpoint of step 4 cannot be written to .*checkpoints .*free space or"):
         save(Checkpoints(tmp_path / "checkpoints", alone, keep=1), backend, 4)
