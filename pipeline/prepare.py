@@ -18,6 +18,7 @@ from pipeline.augment.exact import EvalTransform, TrainTransform
 from pipeline.augment.fast import FastTrainTransform
 from pipeline.augment.mixing import Mixing
 from pipeline.backend import Backend, Criterion, StepOptions, World, wrap
+from pipeline.best import Best
 from pipeline.checkpoint import Checkpoints, read_state
 from pipeline.data.device import DeviceAugment
 from pipeline.data.loading import Loading, serve_workers
@@ -30,7 +31,7 @@ from pipeline.loss import SummedOverHeads
 from pipeline.models.load import load_start
 from pipeline.optim import WarmupCosine, adamw
 from pipeline.recipe import Recipe
-from pipeline.record import Record, check_same_recipe, keep_recipe
+from pipeline.record import Record, check_same_recipe, keep_recipe, kept_metrics
 from pipeline.validate import num_steps, validate
 from shards.budget import Budget
 from shards.errors import UserError
@@ -101,6 +102,7 @@ class Run:
     checkpoints: Checkpoints
     record: Record
     quarantine: Quarantine
+    best: Best
     progress: Progress = field(default_factory=Progress)
 
     @property
@@ -137,7 +139,9 @@ def prepare(recipe: Recipe, world: World) -> Run:
     record = Record(run_dir, world.is_main, recipe.data.global_batch)
     budget = Budget(recipe.data.max_bad).allows(given.stream.plan.num_samples)
     quarantine = Quarantine(run_dir, world, recipe.data.train, budget)
-    run = Run(recipe, world, durations, given, learner, checkpoints, record, quarantine)
+    kept = kept_metrics(run_dir, read_state(newest)["step"] if newest else 0) if world.is_main else []
+    best = Best.of(learner.evaluator.head_names, world.from_main(kept))
+    run = Run(recipe, world, durations, given, learner, checkpoints, record, quarantine, best)
     begin(run, newest)
     if world.is_main:
         keep_recipe(run_dir, recipe)

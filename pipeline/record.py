@@ -156,11 +156,16 @@ class Record:
         return tqdm.format_interval(seconds)
 
 
-def cut_metrics(run_dir: Path, step: int) -> None:
-    """Drops a torn last line, and every line after `step`; of `step` itself the evaluation, which a checkpoint of that
-    step precedes."""
+def kept_metrics(run_dir: Path, step: int) -> list[dict]:
+    """The lines that a run which resumes at `step` goes on from: those to `step`, but for its evaluation, which a
+    checkpoint of that step precedes."""
     lines = read_metrics(run_dir)
-    kept = [line for line in lines if line["step"] < step or (line["step"] == step and "split" not in line)]
+    return [line for line in lines if line["step"] < step or (line["step"] == step and "split" not in line)]
+
+
+def cut_metrics(run_dir: Path, step: int) -> None:
+    """Drops what `kept_metrics` does not give, and a torn last line."""
+    kept = kept_metrics(run_dir, step)
     _replace(run_dir / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
 
 

@@ -3,12 +3,14 @@
 A checkpoint of a step is taken before the evaluation of that step; a run that resumes there evaluates first.
 """
 
+import json
 import math
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
@@ -135,7 +137,11 @@ def evaluate(run: Run, done: int) -> bool:
     if values is None:
         return False
     run.quarantine.poll()
-    run.record.evaluation(done, run.recipe.data.val, values)
+    better = run.best.add(done, values)
+    run.record.evaluation(done, run.recipe.data.val, values | run.best.steps())
+    for name, score in better.items():
+        # One key, for safetensors writes several in any order.
+        export(run, name, f"best_{name}", {"best": json.dumps({"step": score.step, score.metric: score.value})})
     return True
 
 
@@ -172,10 +178,8 @@ def stop(run: Run, done: int) -> str:
 
 def finish(run: Run) -> str:
     """Writes the weights to hand over, and the outcome."""
-    export(run, "model")
-    if run.learner.ema:
-        with run.learner.ema.swap():
-            export(run, "ema")
+    for name in ("model", "ema") if run.learner.ema else ("model",):
+        export(run, name, name, {"format": "pt"})
     run.checkpoints.wait()
     if run.world.is_main:
         images = run.durations.total * run.recipe.data.global_batch
@@ -186,19 +190,20 @@ def finish(run: Run) -> str:
     return "done"
 
 
-def export(run: Run, name: str) -> None:
-    """RUN/weights/NAME.safetensors: the whole model, as timm names its weights."""
-    weights = run.learner.backend.full_weights()
+def export(run: Run, variant: str, name: str, metadata: dict[str, str]) -> None:
+    """RUN/weights/NAME.safetensors: the whole model, as timm names its weights, or its average (variant "ema")."""
+    with run.learner.ema.swap() if variant == "ema" and run.learner.ema else nullcontext():
+        weights = run.learner.backend.full_weights()
     if not run.world.is_main:
         return
     path = weights_path(run.run_dir, name)
     path.parent.mkdir(exist_ok=True)
     with atomic_file(path) as file:
-        file.write(as_safetensors({key: tensor.contiguous() for key, tensor in weights.items()}, {"format": "pt"}))
+        file.write(as_safetensors({key: tensor.contiguous() for key, tensor in weights.items()}, metadata))
 
 
 def weights_path(run_dir: Path, name: str) -> Path:
-    """Where a finished run leaves its weights; name: "model" or "ema"."""
+    """Where a run leaves its weights; name: "model" or "ema" at its end, "best_model" or "best_ema" on the way."""
     return run_dir / "weights" / f"{name}.safetensors"
 
 

@@ -85,6 +85,18 @@ def accelerate(launch_file: str, script: str, options: Sequence[str], log: Path)
 def kill_at(launcher: subprocess.Popen, metrics_file: Path, num_lines: int) -> None:
     """SIGKILL to every rank of a launcher once so many lines are logged."""
     when_logged(metrics_file, num_lines, lambda: launcher.poll() is None)
+    kill_ranks(launcher)
+
+
+def kill_while_saving(launcher: subprocess.Popen, temporary: Path) -> None:
+    """SIGKILL to every rank of a launcher as soon as a checkpoint's temporary directory is there."""
+    while not temporary.exists():
+        assert launcher.poll() is None, f"the launch ended before {temporary} was seen"
+        threading.Event().wait(POLL / 10)
+    kill_ranks(launcher)
+
+
+def kill_ranks(launcher: subprocess.Popen) -> None:
     started = psutil.Process(launcher.pid)
     descendants = started.children(recursive=True)
     for rank in started.children():

@@ -62,7 +62,7 @@ def test_what_a_run_leaves_behind(start, small, tmp_path):
     assert ended.outputs[0].count("checkpoint: training stood still for") == 4
     heads = [prefix + head for prefix in ("", "ema_") for head in ("memory", "process")]
     counts = {f"{head}_{count}" for head in heads for count in ("top1", "top5", "loss")}
-    assert set(evaluations[0]) == {"step", "split", "unreadable"} | counts
+    assert set(evaluations[0]) == {"step", "split", "unreadable", "best_step", "ema_best_step"} | counts
     outcome = json.loads((tmp_path / "outcome.json").read_text())
     assert (outcome["outcome"], outcome["step"], outcome["images"]) == ("done", 8, 8 * 16)
     assert outcome["save_seconds"] > sum(line["save_seconds"] for line in steps)

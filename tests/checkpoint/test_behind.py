@@ -191,6 +191,6 @@ def test_stopped_and_killed_with_a_commit_under_way(small, tmp_path, strategy):
     assert both.codes == [0, 0], "\n".join(both.outputs)
     assert not list((tmp_path / "killed" / "checkpoints").glob("*.tmp"))
     assert ranks.metrics(tmp_path / "killed") == ranks.metrics(tmp_path / "whole")
-    for name in ("model", "ema"):
+    for name in ("model", "ema", "best_model", "best_ema"):
         weights = Path("weights") / f"{name}.safetensors"
         assert (tmp_path / "killed" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
