@@ -31,7 +31,7 @@ from pipeline.loss import SummedOverHeads
 from pipeline.models.load import load_start
 from pipeline.optim import WarmupCosine, adamw
 from pipeline.recipe import Recipe
-from pipeline.record import Record, check_same_recipe, keep_recipe, kept_metrics
+from pipeline.record import Record, check_same_recipe, check_writable, keep_recipe, kept_metrics
 from pipeline.validate import num_steps, validate
 from shards.budget import Budget
 from shards.errors import UserError
@@ -116,6 +116,8 @@ def prepare(recipe: Recipe, world: World) -> Run:
     Raises UserError for whatever cannot work.
     """
     validate(recipe)
+    run_dir = Path(recipe.run_dir)
+    check_writable(run_dir)
     mixes = recipe.augment.mixup or recipe.augment.cutmix
     check_layout(recipe.data.global_batch, world.size, recipe.data.accumulation, pairs=mixes)
     make_deterministic(recipe)
@@ -125,7 +127,6 @@ def prepare(recipe: Recipe, world: World) -> Run:
     index, store = open_data(recipe.data.path, options)
     given = make_input(recipe, index, store, world)
     schedule, durations = make_schedule(recipe, given.stream.plan.batches_per_epoch)
-    run_dir = Path(recipe.run_dir)
     checkpoints = Checkpoints(
         run_dir / "checkpoints", world.apart(), recipe.checkpoint.keep, recipe.checkpoint.asynchronous
     )

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TypeVar
 
 from torch.utils.tensorboard import SummaryWriter
@@ -176,8 +177,11 @@ def write_outcome(run_dir: Path, outcome: str, step: int, reason: str, **more: f
 
 
 def forget_outcome(run_dir: Path) -> None:
-    """Removes the outcome of an earlier attempt: a run that is killed leaves none."""
-    (run_dir / OUTCOME).unlink(missing_ok=True)
+    """Removes the outcome of an earlier attempt: a run that is killed leaves none. Raises UserError where it cannot."""
+    try:
+        (run_dir / OUTCOME).unlink(missing_ok=True)
+    except OSError as error:
+        raise _unwritable(run_dir, error) from error
 
 
 def read_outcome(run_dir: Path) -> dict:
@@ -203,6 +207,16 @@ def read_metrics(run_dir: Path) -> list[dict]:
     return [line for text in texts if (line := _parse_line(text)) is not None]
 
 
+def check_writable(run_dir: Path) -> None:
+    """Raises UserError unless a file can be written in `run_dir`, which is made if need be."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=run_dir) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise _unwritable(run_dir, error) from error
+
+
 def keep_recipe(run_dir: Path, recipe: Recipe) -> None:
     """RUN/recipe.json: every field by its name on the command line."""
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -222,6 +236,13 @@ def check_same_recipe(kept: dict[str, object], recipe: Recipe, where: object) ->
             + "\n".join(f"  - {text}" for text in changed)
             + "\ngive those values to continue it, or another --run-dir to start anew"
         )
+
+
+def _unwritable(run_dir: Path, error: OSError) -> UserError:
+    return UserError(
+        f"run_dir {run_dir} cannot be written ({error}): checkpoints, metrics and the outcome go there; mend its "
+        "permissions, make room, or give another --run-dir"
+    )
 
 
 def _parse_line(text: str) -> dict | None:

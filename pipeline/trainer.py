@@ -214,9 +214,9 @@ def run(recipe: Recipe) -> NoReturn:
 
 def launch(job: Callable[[World], str], runtime: Runtime, run_dir: Path) -> NoReturn:
     """Joins the launch, does the job, leaves: code 0 done, 75 to be started again, 2 the user's error, 1 a defect."""
-    if os.environ.get("RANK", "0") == "0":
-        forget_outcome(run_dir)
     try:
+        if os.environ.get("RANK", "0") == "0":
+            forget_outcome(run_dir)
         outcome = job(start(runtime.device, runtime.processes))
     except UserError as error:
         fail(run_dir, EXIT_USER_ERROR, str(error))

@@ -95,13 +95,25 @@ def test_a_deepspeed_configuration_that_contradicts(refused, tmp_path, changes, 
     assert part in refused([], size=2, **environment)
 
 
+def test_a_run_directory_that_cannot_be_written(start, small):
+    """/sys takes no directory, not even from root."""
+    ended = start(FINETUNE, ["--debug", *small, "--run-dir", "/sys/run"], 2).wait()
+    assert ended.codes == [2, 2], "\n".join(ended.outputs)
+    assert "error: run_dir /sys/run cannot be written (" in ended.outputs[0]
+    assert "mend its permissions, make room, or give another --run-dir" in ended.outputs[0]
+    assert "error: /sys/run takes no outcome.json" in ended.outputs[0]
+
+
 def test_resuming_with_another_recipe_shows_both_values(start, small, tmp_path):
     options = ["--debug", *small, "--run-dir", str(tmp_path / "run")]
     first = start(FINETUNE, [*options, "--schedule.length", "2 steps"]).wait()
     assert first.codes == [0], first.outputs
-    again = start(FINETUNE, [*options, "--schedule.length", "4 steps", "--data.workers", "2"]).wait()
+    changes = ["--schedule.length", "4 steps", "--data.workers", "2", "--data.global-batch", "8"]
+    again = start(FINETUNE, [*options, *changes]).wait()
     assert again.codes == [2]
+    assert "step-00000002 was made by another recipe; to continue it with this one would mix both" in again.outputs[0]
     assert "schedule.length: '2 steps' there, '4 steps' now" in again.outputs[0]
+    assert "data.global_batch: 16 there, 8 now" in again.outputs[0]
     assert "data.workers" not in again.outputs[0]
 
 

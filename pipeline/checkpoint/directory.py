@@ -119,7 +119,10 @@ class Checkpoints:
         self.wait()
 
     def newest(self) -> Path | None:
-        """The newest committed checkpoint whose files are what the manifest says; what is not whole is named."""
+        """The newest committed checkpoint whose files are what the manifest says; what is not whole is named.
+
+        Raises UserError where there are some and none is whole: to begin anew would throw the run's record away.
+        """
         names = self.world.from_main(sorted((path.name for path in self.root.glob("step-*[0-9]")), reverse=True))
         for name in names:  # type: ignore[attr-defined]
             found = self._why_not_whole(self.root / name)
@@ -127,6 +130,11 @@ class Checkpoints:
                 return self.root / name
             if self.world.is_main:
                 print(f"checkpoint {name} is not whole ({found}): ignored, an older one is tried", flush=True)
+        if names:
+            raise UserError(
+                f"none of the {len(names)} checkpoints in {self.root} is whole ({names[0]}: {found}): put one that is "  # type: ignore[index,arg-type]
+                "there from a copy, or begin anew in another --run-dir (or here, once that directory is removed)"
+            )
         return None
 
     def load(self, path: Path, engine: Engine, averages: dict[str, Tensor]) -> None:
