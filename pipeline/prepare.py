@@ -161,16 +161,15 @@ def begin(run: Run, newest: Path | None) -> None:
 
 def restore(run: Run, path: Path) -> None:
     """Raises UserError where the checkpoint is of other data, or of a launch that this one cannot take over: DDP and
-    FSDP2 read each other's on any world, ZeRO's partitions belong to ZeRO and to a world of one size."""
+    FSDP2 read each other's on any world, ZeRO its own."""
     state, world = read_state(path), run.world
     run.input.stream.check_state(state["data"], path)
     moved = state["world"] != world.size
-    crossed = (state["strategy"] == "deepspeed") != (world.strategy == "deepspeed")
-    if crossed or (moved and world.strategy == "deepspeed"):
+    if (state["strategy"] == "deepspeed") != (world.strategy == "deepspeed"):
         raise UserError(
             f"{path} was saved by {state['world']} ranks of {state['strategy']}, and cannot be continued by "
-            f"{world.size} ranks of {world.strategy}: DeepSpeed's files fit DeepSpeed alone, on as many ranks; start "
-            "it with the launch file that it began with, or begin anew in another --run-dir"
+            f"{world.size} ranks of {world.strategy}: DeepSpeed's files fit DeepSpeed alone; start it with the launch "
+            "file that it began with (on any number of ranks), or begin anew in another --run-dir"
         )
     run.checkpoints.load(path, run.learner.backend, run.learner.averages())
     run.progress.start = run.progress.saved = state["step"]
