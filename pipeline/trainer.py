@@ -194,12 +194,11 @@ def export(run: Run, variant: str, name: str, metadata: dict[str, str]) -> None:
     """RUN/weights/NAME.safetensors: the whole model, as timm names its weights, or its average (variant "ema")."""
     with run.learner.ema.swap() if variant == "ema" and run.learner.ema else nullcontext():
         weights = run.learner.backend.full_weights()
-    if not run.world.is_main:
-        return
-    path = weights_path(run.run_dir, name)
-    path.parent.mkdir(exist_ok=True)
-    with atomic_file(path) as file:
-        file.write(as_safetensors({key: tensor.contiguous() for key, tensor in weights.items()}, metadata))
+        if run.world.is_main:  # within: the weights may share the memory of the model
+            path = weights_path(run.run_dir, name)
+            path.parent.mkdir(exist_ok=True)
+            with atomic_file(path) as file:
+                file.write(as_safetensors({key: tensor.contiguous() for key, tensor in weights.items()}, metadata))
 
 
 def weights_path(run_dir: Path, name: str) -> Path:

@@ -3,11 +3,20 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ranks
+import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
+from pipeline.augment.device import normalise
+from pipeline.augment.exact import EvalTransform
 from pipeline.best import Best
+from pipeline.prepare import make_model
+from pipeline.recipe import Recipe, unflatten
+from shards.index import Index
+from shards.reader import Reader
 
 LINES = [
     {"step": 1, "loss": 3.0},
@@ -45,9 +54,22 @@ def test_a_run_keeps_its_best_weights_and_says_of_which_step_they_are(start, sma
         ]
         told = {"step": scores.index(max(scores)) + 1, f"{prefix}memory_top1": max(scores)}
         assert json.loads(metadata(tmp_path / "weights" / f"best_{name}.safetensors")["best"]) == told
+        assert evaluate_again(tmp_path, f"best_{name}") == pytest.approx(max(scores))
     assert metadata(tmp_path / "weights" / "model.safetensors") == {"format": "pt"}
     raw = [line["best_step"] for line in evaluations]
     assert len(set(raw)) > 1, "the figures above would agree if the first evaluation were always the best"
+
+
+def evaluate_again(run_dir: Path, name: str) -> float:
+    """Top-1 of the memory head with a run's weights, without the trainer."""
+    recipe = unflatten(json.loads((run_dir / "recipe.json").read_text()), Recipe)
+    index = Index.load(recipe.data.path)
+    model = make_model(recipe, index.num_classes).eval()
+    model.load_state_dict(load_file(run_dir / "weights" / f"{name}.safetensors"))
+    reader, transform = Reader(index, "val"), EvalTransform(recipe.augment.image_size)
+    images, labels = zip(*(reader.read(number, transform) for number in range(len(reader))), strict=True)
+    batch = normalise(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))
+    return (model(batch).argmax(dim=1) == torch.tensor(labels)).double().mean().item()
 
 
 def metadata(path: Path) -> dict[str, str]:
