@@ -31,7 +31,7 @@ from pipeline.loss import SummedOverHeads
 from pipeline.models.load import load_start
 from pipeline.optim import WarmupCosine, adamw
 from pipeline.recipe import Recipe
-from pipeline.record import Record, check_same_recipe, check_writable, keep_recipe, kept_metrics
+from pipeline.record import Record, check_same_recipe, check_writable, code_version, keep_recipe, kept_metrics
 from pipeline.validate import num_steps, validate
 from shards.budget import Budget
 from shards.errors import UserError
@@ -83,6 +83,7 @@ class Progress:
     saved: int = 0
     save_seconds: float = 0.0
     seconds_before: float = 0.0
+    commit: str = field(default_factory=code_version)
     began: float = field(default_factory=time.monotonic)
 
     def seconds(self) -> float:

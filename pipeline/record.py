@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import subprocess
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -236,6 +237,15 @@ def check_same_recipe(kept: dict[str, object], recipe: Recipe, where: object) ->
             + "\n".join(f"  - {text}" for text in changed)
             + "\ngive those values to continue it, or another --run-dir to start anew"
         )
+
+
+def code_version() -> str:
+    """The commit of this code, as git describes it; "unknown" where it is not in a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def _unwritable(run_dir: Path, error: OSError) -> UserError:

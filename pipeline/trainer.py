@@ -157,6 +157,7 @@ def save(run: Run, done: int) -> None:
         "seconds": run.progress.seconds(),
         "world": run.world.size,
         "strategy": run.world.strategy,
+        "commit": run.progress.commit,
         "recipe": flatten(run.recipe),
     }
     run.checkpoints.save(done, run.learner.backend, run.learner.averages(), state)

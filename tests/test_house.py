@@ -29,9 +29,9 @@ LAYERS = (  # of pipeline, low to high: a module imports lower ones, and none of
     {"evaluate", "record", "best"},
     {"prepare"},
     {"trainer", "predict", "report"},
-    {"chain"},
+    {"chain", "export"},
 )
-MAY_USE_EXTRAS = {"shards": ("data", "ray"), "tools": ("demo",)}
+MAY_USE_EXTRAS = {"shards": ("data", "ray"), "pipeline": ("export",), "tools": ("demo",)}
 TORCH = {"torch", "torchvision", "timm"}
 IN_BACKEND_ONLY = {"accelerate", "deepspeed"}
 # Where the import has another name.
