@@ -142,6 +142,9 @@ class Checkpoint:
     asynchronous: bool = True
     """Write checkpoints behind the training, which stands still only while they are copied (DDP, FSDP2; ZeRO's are
     always written at once)."""
+    upload: str = ""
+    """URL to copy every committed checkpoint to, behind the training (s3://, gs://, file://, ...); what is there stays
+    there. Empty copies none."""
 
 
 @dataclass(frozen=True)

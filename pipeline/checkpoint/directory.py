@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from pipeline.checkpoint.behind import Behind
+from pipeline.checkpoint.upload import check_destination, upload
 from pipeline.checkpoint.whole import (
     difference,
     file_names,
@@ -65,14 +66,20 @@ class Checkpoints:
     """The checkpoints of one run directory, of which the newest `keep` stay; every rank calls every method.
 
     `asynchronous`: what can be copied into memory is written and committed in a thread, one checkpoint at a time, over
-    the group of `world`, which nothing else may use then.
+    the group of `world`, which nothing else may use then. `upload`: a URL to copy what is committed to, behind it all.
     """
 
     root: Path
     world: Ranks
     keep: int
     asynchronous: bool = False
+    upload: str = ""
     behind: Behind = field(default_factory=Behind)
+    uploads: Behind = field(default_factory=Behind)
+
+    def check_upload(self) -> None:
+        """Raises UserError where `upload` is given and cannot be written."""
+        self._together(lambda: check_destination(self.upload) if self.upload and self.world.is_main else None)
 
     def save(self, step: int, engine: Engine, averages: dict[str, Tensor], state: dict) -> Path:
         """Commits the state of `step`; older checkpoints are pruned only after that. Asynchronously, it returns when
@@ -106,17 +113,19 @@ class Checkpoints:
 
     @contextmanager
     def settled(self) -> Iterator[None]:
-        """Waits for the commit that is under way when the body ends, also by an error, which that of a commit does not
-        replace."""
+        """Waits for the commit and the upload that are under way when the body ends, also by an error, which that of a
+        commit does not replace."""
         try:
             yield
+            self.wait()
         except BaseException:
             try:
                 self.wait()
             except Exception as error:
                 print(f"error: {error}", file=sys.stderr, flush=True)
             raise
-        self.wait()
+        finally:
+            self.uploads.wait()
 
     def newest(self) -> Path | None:
         """The newest committed checkpoint whose files are what the manifest says; what is not whole is named.
@@ -178,7 +187,10 @@ class Checkpoints:
         temporary.rename(final)
         sync_directory(self.root)
         write_bytes(self.root / LATEST, final.name.encode())
+        self.uploads.wait()  # of what may be pruned now
         self._prune(final)
+        if self.upload:
+            self.uploads.start(lambda: upload(final, self.upload))
 
     def _prune(self, final: Path) -> None:
         """Removes all but the newest `keep` up to `final` (a later one is not whole, or the run would have resumed from
