@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import ranks
 
-from pipeline.backend import World, start
+from pipeline.backend import World, start, universal
 from pipeline.loss import SummedOverHeads
 from pipeline.prepare import prepare
 from pipeline.recipe import Recipe, parse
@@ -75,6 +75,8 @@ def launch(options: list[str], root: Path, number: int) -> None:
             UserError, match=r"saved by 1 ranks of deepspeed, and cannot be continued by 1 ranks of fsd"
         ):
             fit(recipe_of(options, root / "zero2 2-1-2"), dataclasses.replace(world, strategy="fsdp"))
+        with pytest.raises(UserError, match=r"of 0 ranks, cannot be converted for 1 by .*FileNotFoundError: can't fin"):
+            universal.load(None, world, root / "nothing" / "engine", root / "aside")
     leave(0)
 
 
