@@ -15,6 +15,7 @@ from pipeline.augment.exact import EvalTransform, TrainTransform
 from pipeline.augment.fast import FastTrainTransform
 from pipeline.augment.mixing import Mixing
 from pipeline.backend import Backend, Criterion, StepOptions, World, wrap
+from pipeline.best import Best
 from pipeline.checkpoint import Checkpoints, read_state
 from pipeline.data.device import DeviceAugment
 from pipeline.data.loading import Loading, serve_workers
@@ -27,7 +28,7 @@ from pipeline.loss import SummedOverHeads
 from pipeline.models.build import give_start, make_model
 from pipeline.optim import WarmupCosine, adamw
 from pipeline.recipe import Recipe
-from pipeline.record import Record, check_same_recipe, keep_recipe
+from pipeline.record import Record, check_same_recipe, check_writable, code_version, keep_recipe, kept_metrics
 from pipeline.validate import num_steps, validate
 from shards.budget import Budget
 from shards.errors import UserError
@@ -72,11 +73,14 @@ class Learner:
 
 @dataclass
 class Progress:
-    """`start` steps were done when the run was built; `saved` are in its newest checkpoint."""
+    """`start` steps were done when the run was built; `saved` are in its newest checkpoint. For checkpoints, training
+    has stood still for `save_seconds` since then."""
 
     start: int = 0
     saved: int = 0
+    save_seconds: float = 0.0
     seconds_before: float = 0.0
+    commit: str = field(default_factory=code_version)
     began: float = field(default_factory=time.monotonic)
 
     def seconds(self) -> float:
@@ -96,6 +100,7 @@ class Run:
     checkpoints: Checkpoints
     record: Record
     quarantine: Quarantine
+    best: Best
     progress: Progress = field(default_factory=Progress)
 
     @property
@@ -109,6 +114,8 @@ def prepare(recipe: Recipe, world: World) -> Run:
     Raises UserError for whatever cannot work.
     """
     validate(recipe)
+    run_dir = Path(recipe.run_dir)
+    check_writable(run_dir)
     mixes = recipe.augment.mixup or recipe.augment.cutmix
     check_layout(recipe.data.global_batch, world.size, recipe.data.accumulation, pairs=mixes)
     make_deterministic(recipe)
@@ -118,8 +125,11 @@ def prepare(recipe: Recipe, world: World) -> Run:
     index, store = open_data(recipe.data.path, options)
     given = make_input(recipe, index, store, world)
     schedule, durations = make_schedule(recipe, given.stream.plan.batches_per_epoch)
-    run_dir = Path(recipe.run_dir)
-    checkpoints = Checkpoints(run_dir / "checkpoints", world, recipe.checkpoint.keep)
+    section = recipe.checkpoint
+    checkpoints = Checkpoints(
+        run_dir / "checkpoints", world.apart(), section.keep, section.asynchronous, section.upload
+    )
+    checkpoints.check_upload()
     newest = checkpoints.newest()
     if newest is not None:
         check_same_recipe(read_state(newest)["recipe"], recipe, newest)
@@ -132,7 +142,9 @@ def prepare(recipe: Recipe, world: World) -> Run:
     record = Record(run_dir, world.is_main, recipe.data.global_batch)
     budget = Budget(recipe.data.max_bad).allows(given.stream.plan.num_samples)
     quarantine = Quarantine(run_dir, world, recipe.data.train, budget)
-    run = Run(recipe, world, durations, given, learner, checkpoints, record, quarantine)
+    kept = kept_metrics(run_dir, read_state(newest)["step"] if newest else 0) if world.is_main else []
+    best = Best.of(learner.evaluator.head_names, world.from_main(kept))
+    run = Run(recipe, world, durations, given, learner, checkpoints, record, quarantine, best)
     begin(run, newest)
     if world.is_main:
         keep_recipe(run_dir, recipe)
@@ -151,16 +163,15 @@ def begin(run: Run, newest: Path | None) -> None:
 
 def restore(run: Run, path: Path) -> None:
     """Raises UserError where the checkpoint is of other data, or of a launch that this one cannot take over: DDP and
-    FSDP2 read each other's on any world, ZeRO's partitions belong to ZeRO and to a world of one size."""
+    FSDP2 read each other's on any world, ZeRO its own."""
     state, world = read_state(path), run.world
     run.input.stream.check_state(state["data"], path)
     moved = state["world"] != world.size
-    crossed = (state["strategy"] == "deepspeed") != (world.strategy == "deepspeed")
-    if crossed or (moved and world.strategy == "deepspeed"):
+    if (state["strategy"] == "deepspeed") != (world.strategy == "deepspeed"):
         raise UserError(
             f"{path} was saved by {state['world']} ranks of {state['strategy']}, and cannot be continued by "
-            f"{world.size} ranks of {world.strategy}: DeepSpeed's files fit DeepSpeed alone, on as many ranks; start "
-            "it with the launch file that it began with, or begin anew in another --run-dir"
+            f"{world.size} ranks of {world.strategy}: DeepSpeed's files fit DeepSpeed alone; start it with the launch "
+            "file that it began with (on any number of ranks), or begin anew in another --run-dir"
         )
     run.checkpoints.load(path, run.learner.backend, run.learner.averages())
     run.progress.start = run.progress.saved = state["step"]

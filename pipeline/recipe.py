@@ -180,6 +180,12 @@ class Checkpoint:
     """How often to save: epochs, steps, or a percentage of the length. The end is always saved."""
     keep: int = 2
     """Newest checkpoints to keep."""
+    asynchronous: bool = True
+    """Write checkpoints behind the training, which stands still only while they are copied (DDP, FSDP2; ZeRO's are
+    always written at once)."""
+    upload: str = ""
+    """URL to copy every committed checkpoint to, behind the training (s3://, gs://, file://, ...); what is there stays
+    there. Empty copies none."""
 
 
 @dataclass(frozen=True)

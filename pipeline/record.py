@@ -3,10 +3,12 @@
 import json
 import math
 import os
+import subprocess
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TypeVar
 
 from torch.utils.tensorboard import SummaryWriter
@@ -38,8 +40,8 @@ MAY_CHANGE = (
 
 
 class Meter:
-    """Images a second, and the share of the time spent waiting for data, since it was last read. Evaluations and
-    checkpoints are left out."""
+    """Images a second, the share of the time spent waiting for data, and the seconds that training stood still for
+    checkpoints, since it was last read. Of images and data, evaluations and checkpoints are left out."""
 
     def __init__(self, global_batch: int) -> None:
         self.global_batch = global_batch
@@ -60,14 +62,23 @@ class Meter:
         yield
         self._since += time.perf_counter() - began
 
+    def saved(self, seconds: float) -> None:
+        """So long a checkpoint made the training stand still."""
+        self._since += seconds
+        self._saved += seconds
+
     def read(self) -> dict[str, float]:
         seconds = time.perf_counter() - self._since
-        values = {"images_per_second": self._steps * self.global_batch / seconds, "data_wait": self._waited / seconds}
+        values = {
+            "images_per_second": self._steps * self.global_batch / seconds,
+            "data_wait": self._waited / seconds,
+            "save_seconds": self._saved,
+        }
         self.restart()
         return values
 
     def restart(self) -> None:
-        self._since, self._waited, self._steps = time.perf_counter(), 0.0, 0
+        self._since, self._waited, self._saved, self._steps = time.perf_counter(), 0.0, 0.0, 0
 
 
 class Record:
@@ -122,6 +133,12 @@ class Record:
                 brief += f"  ({values['unreadable']:.0f} images are unreadable and count as wrong: quarantine.jsonl)"
             self._bar.write(f"step {step}  {split}: {brief}")
 
+    def saved(self, step: int, seconds: float) -> None:
+        """A checkpoint of `step` made the training stand still for so long; the next logged step has it, too."""
+        self.meter.saved(seconds)
+        if self.is_main:
+            self._bar.write(f"step {step}  checkpoint: training stood still for {seconds:.3f} s")
+
     def flush(self) -> None:
         """Metrics reach the disk before the checkpoint that continues them."""
         if self.is_main:
@@ -141,11 +158,16 @@ class Record:
         return tqdm.format_interval(seconds)
 
 
-def cut_metrics(run_dir: Path, step: int) -> None:
-    """Drops a torn last line, and every line after `step`; of `step` itself the evaluation, which a checkpoint of that
-    step precedes."""
+def kept_metrics(run_dir: Path, step: int) -> list[dict]:
+    """The lines that a run which resumes at `step` goes on from: those to `step`, but for its evaluation, which a
+    checkpoint of that step precedes."""
     lines = read_metrics(run_dir)
-    kept = [line for line in lines if line["step"] < step or (line["step"] == step and "split" not in line)]
+    return [line for line in lines if line["step"] < step or (line["step"] == step and "split" not in line)]
+
+
+def cut_metrics(run_dir: Path, step: int) -> None:
+    """Drops what `kept_metrics` does not give, and a torn last line."""
+    kept = kept_metrics(run_dir, step)
     _replace(run_dir / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
 
 
@@ -156,8 +178,11 @@ def write_outcome(run_dir: Path, outcome: str, step: int, reason: str, **more: f
 
 
 def forget_outcome(run_dir: Path) -> None:
-    """Removes the outcome of an earlier attempt: a run that is killed leaves none."""
-    (run_dir / OUTCOME).unlink(missing_ok=True)
+    """Removes the outcome of an earlier attempt: a run that is killed leaves none. Raises UserError where it cannot."""
+    try:
+        (run_dir / OUTCOME).unlink(missing_ok=True)
+    except OSError as error:
+        raise _unwritable(run_dir, error) from error
 
 
 def read_outcome(run_dir: Path) -> dict:
@@ -181,6 +206,16 @@ def read_metrics(run_dir: Path) -> list[dict]:
     path = run_dir / METRICS
     texts = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [line for text in texts if (line := _parse_line(text)) is not None]
+
+
+def check_writable(run_dir: Path) -> None:
+    """Raises UserError unless a file can be written in `run_dir`, which is made if need be."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=run_dir) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise _unwritable(run_dir, error) from error
 
 
 def keep_recipe(run_dir: Path, recipe: Recipe) -> None:
@@ -213,7 +248,7 @@ def read_recipe(run_dir: Path) -> Recipe:
 
 
 def weights_path(run_dir: Path, name: str) -> Path:
-    """Where a finished run leaves its weights; name: "model" or "ema"."""
+    """Where a run leaves its weights; name: "model" or "ema" at its end, "best_model" or "best_ema" on the way."""
     return run_dir / "weights" / f"{name}.safetensors"
 
 
@@ -230,6 +265,22 @@ def check_same_recipe(kept: dict[str, object], recipe: Recipe, where: object) ->
             + "\n".join(f"  - {text}" for text in changed)
             + "\ngive those values to continue it, or another --run-dir to start anew"
         )
+
+
+def code_version() -> str:
+    """The commit of this code, as git describes it; "unknown" where it is not in a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _unwritable(run_dir: Path, error: OSError) -> UserError:
+    return UserError(
+        f"run_dir {run_dir} cannot be written ({error}): checkpoints, metrics and the outcome go there; mend its "
+        "permissions, make room, or give another --run-dir"
+    )
 
 
 def _parse_line(text: str) -> dict | None:

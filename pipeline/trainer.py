@@ -3,11 +3,14 @@
 A checkpoint of a step is taken before the evaluation of that step; a run that resumes there evaluates first.
 """
 
+import json
 import math
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
@@ -65,7 +68,8 @@ def train(run: Run) -> str:
     """The loop. Each rank runs it in step with the others."""
     learner, every, total = run.learner, run.durations, run.durations.total
     start = run.progress.start
-    with run.record.open(start, total), run.input.stream.open(start, total) as batches:
+    streaming = run.input.stream.open(start, total)
+    with run.record.open(start, total), run.checkpoints.settled(), streaming as batches:
         if due(start, every.evaluate, total) and not evaluate(run, start):
             return stop(run, start)
         for step in range(start, total):
@@ -133,14 +137,19 @@ def evaluate(run: Run, done: int) -> bool:
     if values is None:
         return False
     run.quarantine.poll()
-    run.record.evaluation(done, run.recipe.data.val, values)
+    better = run.best.add(done, values)
+    run.record.evaluation(done, run.recipe.data.val, values | run.best.steps())
+    for name, score in better.items():
+        # One key, for safetensors writes several in any order.
+        export(run, name, f"best_{name}", {"best": json.dumps({"step": score.step, score.metric: score.value})})
     return True
 
 
 def save(run: Run, done: int) -> None:
-    """Commits a checkpoint of `done` steps, unless there is one."""
+    """Saves a checkpoint of `done` steps, unless there is one; it may be committed behind the steps that follow."""
     if run.progress.saved == done:
         return
+    began = time.perf_counter()
     run.record.flush()
     state = {
         "data": run.input.stream.state(done),
@@ -148,17 +157,21 @@ def save(run: Run, done: int) -> None:
         "seconds": run.progress.seconds(),
         "world": run.world.size,
         "strategy": run.world.strategy,
+        "commit": run.progress.commit,
         "recipe": flatten(run.recipe),
     }
-    with run.record.meter.paused():
-        run.checkpoints.save(done, run.learner.backend, run.learner.averages(), state)
+    run.checkpoints.save(done, run.learner.backend, run.learner.averages(), state)
     run.progress.saved = done
+    seconds = time.perf_counter() - began
+    run.progress.save_seconds += seconds
+    run.record.saved(done, seconds)
 
 
 def stop(run: Run, done: int) -> str:
     """Saves, and asks to be started again."""
     if done:
         save(run, done)
+    run.checkpoints.wait()
     if run.world.is_main:
         write_outcome(run.run_dir, "requeue", done, "a signal asked the run to stop; start it again to go on")
     return "requeue"
@@ -166,27 +179,28 @@ def stop(run: Run, done: int) -> str:
 
 def finish(run: Run) -> str:
     """Writes the weights to hand over, and the outcome."""
-    export(run, "model")
-    if run.learner.ema:
-        with run.learner.ema.swap():
-            export(run, "ema")
+    for name in ("model", "ema") if run.learner.ema else ("model",):
+        export(run, name, name, {"format": "pt"})
+    run.checkpoints.wait()
+    run.checkpoints.uploads.wait()
     if run.world.is_main:
         images = run.durations.total * run.recipe.data.global_batch
         reason = f"trained for {run.recipe.schedule.length}"
-        write_outcome(run.run_dir, "done", run.durations.total, reason, images=images, seconds=run.progress.seconds())
+        spent = {"seconds": run.progress.seconds(), "save_seconds": run.progress.save_seconds}
+        write_outcome(run.run_dir, "done", run.durations.total, reason, images=images, **spent)
     run.world.barrier()
     return "done"
 
 
-def export(run: Run, name: str) -> None:
-    """RUN/weights/NAME.safetensors: the whole model, as timm names its weights."""
-    weights = run.learner.backend.full_weights()
-    if not run.world.is_main:
-        return
-    path = weights_path(run.run_dir, name)
-    path.parent.mkdir(exist_ok=True)
-    with atomic_file(path) as file:
-        file.write(as_safetensors({key: tensor.contiguous() for key, tensor in weights.items()}, {"format": "pt"}))
+def export(run: Run, variant: str, name: str, metadata: dict[str, str]) -> None:
+    """RUN/weights/NAME.safetensors: the whole model, as timm names its weights, or its average (variant "ema")."""
+    with run.learner.ema.swap() if variant == "ema" and run.learner.ema else nullcontext():
+        weights = run.learner.backend.full_weights()
+        if run.world.is_main:  # within: the weights may share the memory of the model
+            path = weights_path(run.run_dir, name)
+            path.parent.mkdir(exist_ok=True)
+            with atomic_file(path) as file:
+                file.write(as_safetensors({key: tensor.contiguous() for key, tensor in weights.items()}, metadata))
 
 
 def run(recipe: Recipe) -> NoReturn:
@@ -196,9 +210,9 @@ def run(recipe: Recipe) -> NoReturn:
 
 def launch(job: Callable[[World], str], runtime: Runtime, run_dir: Path) -> NoReturn:
     """Joins the launch, does the job, leaves: code 0 done, 75 to be started again, 2 the user's error, 1 a defect."""
-    if os.environ.get("RANK", "0") == "0":
-        forget_outcome(run_dir)
     try:
+        if os.environ.get("RANK", "0") == "0":
+            forget_outcome(run_dir)
         outcome = job(start(runtime.device, runtime.processes))
     except UserError as error:
         fail(run_dir, EXIT_USER_ERROR, str(error))

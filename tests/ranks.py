@@ -85,6 +85,18 @@ def accelerate(launch_file: str, script: str, options: Sequence[str], log: Path)
 def kill_at(launcher: subprocess.Popen, metrics_file: Path, num_lines: int) -> None:
     """SIGKILL to every rank of a launcher once so many lines are logged."""
     when_logged(metrics_file, num_lines, lambda: launcher.poll() is None)
+    kill_ranks(launcher)
+
+
+def kill_while_saving(launcher: subprocess.Popen, temporary: Path) -> None:
+    """SIGKILL to every rank of a launcher as soon as a checkpoint's temporary directory is there."""
+    while not temporary.exists():
+        assert launcher.poll() is None, f"the launch ended before {temporary} was seen"
+        threading.Event().wait(POLL / 10)
+    kill_ranks(launcher)
+
+
+def kill_ranks(launcher: subprocess.Popen) -> None:
     started = psutil.Process(launcher.pid)
     descendants = started.children(recursive=True)
     for rank in started.children():
@@ -125,7 +137,7 @@ def _script(script: str, options: list[str]) -> None:
 
 
 def metrics(run_dir: Path) -> list[dict]:
-    """The lines of a run's metrics, but for the fields that may differ between equal runs."""
+    """The lines of a run's metrics, but for the fields that may differ between equal runs: those that tell the time."""
     lines = [json.loads(text) for text in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    timed = ("images_per_second", "data_wait")
-    return [{name: value for name, value in line.items() if name not in timed} for line in lines]
+    timed = ("images_per_second", "data_wait", "seconds")
+    return [{name: value for name, value in line.items() if not name.endswith(timed)} for line in lines]

@@ -142,6 +142,6 @@ def test_bf16_is_near_fp32_and_is_not_fp32(runs, strategy):
 def test_a_stopped_run_resumes_bitwise(runs, run):
     whole, stopped = runs / f"{run}-whole", runs / f"{run}-stopped"
     assert ranks.metrics(stopped) == ranks.metrics(whole)
-    for name in ("model", "ema"):
+    for name in ("model", "ema", "best_model", "best_ema"):
         weights = Path("weights") / f"{name}.safetensors"
         assert (stopped / weights).read_bytes() == (whole / weights).read_bytes()

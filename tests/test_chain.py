@@ -76,12 +76,16 @@ def test_what_a_run_leaves_behind(start, small, shards, tmp_path):
     steps, evaluations = ([line for line in lines if ("split" in line) is kind] for kind in (False, True))
     assert [line["step"] for line in steps] == list(range(1, 9))
     assert [line["step"] for line in evaluations] == [4, 8]
-    assert set(steps[0]) == {"step", "epoch", "loss", "lr", "grad_norm", "images_per_second", "data_wait"}
+    timed = {"images_per_second", "data_wait", "save_seconds"}
+    assert set(steps[0]) == {"step", "epoch", "loss", "lr", "grad_norm"} | timed
+    assert [line["save_seconds"] > 0 for line in steps] == [False, False, True, False, True, False, True, False]
+    assert ended.outputs[0].count("checkpoint: training stood still for") == 4
     heads = [prefix + head for prefix in ("", "ema_") for head in ("memory", "process")]
     counts = {f"{head}_{count}" for head in heads for count in ("top1", "top5", "loss")}
-    assert set(evaluations[0]) == {"step", "split", "unreadable"} | counts
+    assert set(evaluations[0]) == {"step", "split", "unreadable", "best_step", "ema_best_step"} | counts
     outcome = json.loads((tmp_path / "outcome.json").read_text())
     assert (outcome["outcome"], outcome["step"], outcome["images"]) == ("done", 8, 8 * 16)
+    assert outcome["save_seconds"] > sum(line["save_seconds"] for line in steps)
     assert json.loads((tmp_path / "recipe.json").read_text())["model.embed_dim"] == 24
     for name, prefix in (("model", ""), ("ema", "ema_")):
         loss, top1 = scores_of(load_run(weights_path(tmp_path, name)), shards)

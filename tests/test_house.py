@@ -26,12 +26,12 @@ LAYERS = (  # of pipeline, low to high: a module imports lower ones, and none of
     {"recipe"},
     {"validate", "augment", "models", "optim", "checkpoint", "backend", "ema", "loss"},
     {"data"},
-    {"evaluate", "record"},
+    {"evaluate", "record", "best"},
     {"prepare"},
     {"trainer", "predict", "report"},
-    {"chain"},
+    {"chain", "export"},
 )
-MAY_USE_EXTRAS = {"shards": ("data", "ray"), "tools": ("demo",)}
+MAY_USE_EXTRAS = {"shards": ("data", "ray"), "pipeline": ("export",), "tools": ("demo",)}
 TORCH = {"torch", "torchvision", "timm"}
 IN_BACKEND_ONLY = {"accelerate", "deepspeed"}
 # Where the import has another name.

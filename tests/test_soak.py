@@ -46,14 +46,20 @@ def test_killed_again_and_again(chain_options, tmp_path, launch_file):
     chain_options += ["--pretrain.data.workers", "1", "--finetune.data.workers", "2"]  # which alters nothing
     for kill in range(KILLS):
         killed, log = tmp_path / f"killed-{kill}", tmp_path / f"killed-{kill}.log"
-        stage, lines = moments.choice(["pretrain", "finetune"]), moments.randint(1, 7)
+        stage, lines, step = moments.choice(["pretrain", "finetune"]), moments.randint(1, 7), moments.choice([2, 4, 6])
         launcher = ranks.accelerate(launch_file, CHAIN, [*chain_options, "--run-dir", str(killed)], log)
-        ranks.kill_at(launcher, killed / stage / "metrics.jsonl", lines)
+        if kill % 2:
+            ranks.kill_while_saving(launcher, killed / stage / "checkpoints" / f"step-{step:08d}.tmp")
+            left = [path.name for path in sorted((killed / stage / "checkpoints").iterdir())]
+            moment = f"while it saved step {step} of {stage}, which left {left}"
+        else:
+            ranks.kill_at(launcher, killed / stage / "metrics.jsonl", lines)
+            moment = f"after line {lines} of {stage}"
         assert launcher.wait(ranks.PATIENCE) == 1
         launched(launch_file, CHAIN, [*chain_options, "--run-dir", str(killed)], log)
         for name in ("pretrain", "finetune"):
-            assert ranks.metrics(killed / name) == ranks.metrics(tmp_path / "whole" / name), (stage, lines)
-        print(f"killed after line {lines} of {stage}: resumed bitwise")
+            assert ranks.metrics(killed / name) == ranks.metrics(tmp_path / "whole" / name), moment
+        print(f"killed {moment}: resumed bitwise")
 
 
 def test_the_demo_from_end_to_end(tmp_path):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pipeline.backend.engine_files import EngineWriter
 from pipeline.backend.world import World
 
 Criterion = Callable[[Any, Tensor], Tensor]
@@ -76,6 +77,11 @@ class Backend(ABC):
     @abstractmethod
     def save_engine(self, directory: Path) -> None:
         """Writes model and optimizer below `directory`; every rank calls it."""
+
+    def stage_engine(self) -> EngineWriter | None:
+        """A copy of model and optimizer in CPU memory, as what writes it where `save_engine` would, in any thread, over
+        a group of that thread; None where only `save_engine` can write them. Every rank calls it."""
+        return None
 
     @abstractmethod
     def load_engine(self, directory: Path) -> None:

@@ -57,6 +57,9 @@ class DDP(Backend):
     def save_engine(self, directory: Path) -> None:
         engine_files.save(self.module, self.optimizer, directory)
 
+    def stage_engine(self) -> engine_files.EngineWriter:
+        return engine_files.stage(self.module, self.optimizer)
+
     def load_engine(self, directory: Path) -> None:
         engine_files.load(self.module, self.optimizer, directory)
 

@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
 
+from pipeline.backend import universal
 from pipeline.backend.base import Backend, Criterion, Mixed, StepOptions, Stepped
 from pipeline.backend.ddp import accumulation_plugin
 from pipeline.backend.world import World
@@ -60,7 +61,12 @@ class DeepSpeed(Backend):
             raise OSError(f"DeepSpeed's save_checkpoint: {error}") from error
 
     def load_engine(self, directory: Path) -> None:
-        self.engine.load_checkpoint(directory, tag=TAG)
+        saved = directory / TAG
+        if universal.num_partitions(saved) == self.world.size:
+            self.engine.load_checkpoint(directory, tag=TAG)
+        else:
+            checkpoint = directory.parent
+            universal.load(self.engine, self.world, saved, checkpoint.with_name(f"{checkpoint.name}.universal.tmp"))
 
     def full_weights(self) -> dict[str, Tensor]:
         if not self.world.is_main:

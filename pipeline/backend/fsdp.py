@@ -34,6 +34,9 @@ class FSDP(Backend):
     def save_engine(self, directory: Path) -> None:
         engine_files.save(self.model, self.optimizer, directory)
 
+    def stage_engine(self) -> engine_files.EngineWriter:
+        return engine_files.stage(self.model, self.optimizer)
+
     def load_engine(self, directory: Path) -> None:
         engine_files.load(self.model, self.optimizer, directory)
 

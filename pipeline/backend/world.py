@@ -3,6 +3,7 @@
 One World lives as long as the launch; every stage of a chain builds its own Backend on it.
 """
 
+import dataclasses
 import os
 import signal
 from collections.abc import Iterable
@@ -24,13 +25,17 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 @dataclass(frozen=True)
 class World:
-    """Rank `rank` of `size`, training on `device` by `strategy` ("ddp", "fsdp" or "deepspeed")."""
+    """Rank `rank` of `size`, training on `device` by `strategy` ("ddp", "fsdp" or "deepspeed").
+
+    It talks over `group` (None: the launch's); `background` is for what is said beside the training."""
 
     strategy: str
     rank: int
     size: int
     device: torch.device
     stop: "StopFlag" = field(default_factory=lambda: StopFlag())
+    group: dist.ProcessGroup | None = None
+    background: dist.ProcessGroup | None = None
 
     @property
     def nodes(self) -> int:
@@ -41,6 +46,10 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def apart(self) -> "World":
+        """The same ranks over the background's group: collectives of two threads in one group would mix."""
+        return dataclasses.replace(self, group=self.background)
+
     def barrier(self) -> None:
         if self.size > 1:
             self.sum([0.0])
@@ -49,21 +58,21 @@ class World:
         """Element-wise sum over ranks, in float64 on the CPU: it waits for the ranks, never for a device."""
         total = torch.tensor(list(values), dtype=torch.float64)
         if self.size > 1:
-            dist.all_reduce(total)
+            dist.all_reduce(total, group=self.group)
         return total.tolist()
 
     def gather(self, value: T) -> list[T]:
         """The value of every rank, in rank order."""
         values = [value] * self.size
         if self.size > 1:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
     def from_main(self, value: T) -> T:
         """Rank 0's value, on every rank."""
         box = [value]
         if self.size > 1:
-            dist.broadcast_object_list(box, src=0)
+            dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
     def should_stop(self) -> bool:
@@ -105,7 +114,8 @@ def start(device: str = "auto", processes: int = 0) -> World:
     if not dist.is_initialized():
         _join_group(device)
     state = PartialState(cpu=device == "cpu")
-    world = World(strategy, state.process_index, state.num_processes, state.device)
+    background = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    world = World(strategy, state.process_index, state.num_processes, state.device, background=background)
     _check(world, processes)
     world.stop.listen()
     return world

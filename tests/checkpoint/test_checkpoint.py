@@ -2,49 +2,18 @@
 
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
-import torch.distributed as dist
-from torch import nn
 
-from pipeline.backend import Backend, StepOptions, wrap
 from pipeline.checkpoint import Checkpoints, read_state
-from pipeline.optim import adamw
 from shards.errors import UserError
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.fixture
-def backend(alone) -> Backend:
-    torch.manual_seed(0)
-    found = wrap(alone, nn.Linear(3, 2), lambda m: adamw(m, (0.9, 0.999), 1e-8, 0.0), 4, StepOptions())
-    found.set_lr(0.1)
-    return found
-
-
-@pytest.fixture
-def checkpoints(alone, tmp_path) -> Checkpoints:
-    return Checkpoints(tmp_path / "checkpoints", alone, keep=2)
-
-
-def train(backend: Backend, seed: int) -> None:
-    images = torch.randn(4, 3, generator=torch.Generator().manual_seed(seed))
-    backend.step(lambda outputs, targets: (outputs - targets).square().mean(), [(images, torch.zeros(4, 2))])
-
-
-def save(checkpoints: Checkpoints, backend: Backend, step: int) -> Path:
-    return checkpoints.save(step, backend, {"w": torch.full((2,), float(step))}, {"kept": "yes"})
-
-
-def test_what_was_saved_is_restored(checkpoints, backend):
+def test_what_was_saved_is_restored(checkpoints, backend, save, train):
     train(backend, 1)
     path = save(checkpoints, backend, 1)
     random = torch.rand(3)
@@ -60,7 +29,7 @@ def test_what_was_saved_is_restored(checkpoints, backend):
     torch.testing.assert_close(backend.parameters(), expected, rtol=0, atol=0)
 
 
-def test_the_newest_are_kept(checkpoints, backend):
+def test_the_newest_are_kept(checkpoints, backend, save):
     for step in (1, 2, 10):
         save(checkpoints, backend, step)
     assert sorted(path.name for path in checkpoints.root.iterdir()) == ["latest", "step-00000002", "step-00000010"]
@@ -78,17 +47,30 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+def empty(path: Path) -> None:
+    shutil.rmtree(path)
+    path.mkdir()
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
 DAMAGES = {
-    "not committed": lambda path: (path / "COMMITTED").unlink(),
+    "not committed: .*COMMITTED": lambda path: (path / "COMMITTED").unlink(),
+    "not committed: .*manifest.json": empty,
+    "COMMITTED does not match": lambda path: truncate(path / "COMMITTED"),
     "COMMITTED does not match manifest.json": lambda path: flip(path / "manifest.json"),
     r"state.json: its SHA-256": lambda path: flip(path / "state.json"),
-    r"engine/__0_0.distcp: its SHA-256": lambda path: (path / "engine" / "__0_0.distcp").write_bytes(b""),
+    r"engine/__0_0.distcp: its SHA-256": lambda path: truncate(path / "engine" / "__0_0.distcp"),
+    r"ema/.metadata: its SHA-256": lambda path: truncate(path / "ema" / ".metadata"),
     "rng-rank-0.safetensors: .*No such file": lambda path: (path / "rng-rank-0.safetensors").unlink(),
 }
 
 
+@pytest.mark.parametrize("checkpoints", [False], indirect=True, ids=[""])
 @pytest.mark.parametrize("reason", DAMAGES)
-def test_what_is_not_whole_is_named_and_passed_over(checkpoints, backend, capsys, reason):
+def test_what_is_not_whole_is_named_and_passed_over(checkpoints, backend, capsys, reason, save):
     good, bad = save(checkpoints, backend, 1), save(checkpoints, backend, 2)
     DAMAGES[reason](bad)
     assert checkpoints.newest() == good
@@ -98,7 +80,26 @@ def test_what_is_not_whole_is_named_and_passed_over(checkpoints, backend, capsys
     assert checkpoints.newest() == good
 
 
-def test_an_interrupted_save_is_ignored_and_removed(checkpoints, backend):
+def test_where_none_is_whole_the_run_does_not_begin_anew(checkpoints, backend, save):
+    for step in (1, 2):
+        (save(checkpoints, backend, step) / "COMMITTED").unlink()
+    with pytest.raises(
+        UserError, match=r"none of the 2 checkpoints in .*checkpoints is whole \(step-00000002: not comm"
+    ):
+        checkpoints.newest()
+
+
+def test_a_clock_that_goes_backwards(checkpoints, backend, save):
+    """Steps decide which is newer, never times."""
+    for step, now in ((1, 3e9), (2, 2e9), (3, 1e9)):
+        path = save(checkpoints, backend, step)
+        for file in (path, *path.rglob("*"), checkpoints.root / "latest"):
+            os.utime(file, (now, now))
+        assert checkpoints.newest() == path
+    assert sorted(path.name for path in checkpoints.root.iterdir()) == ["latest", "step-00000002", "step-00000003"]
+
+
+def test_an_interrupted_save_is_ignored_and_removed(checkpoints, backend, save):
     save(checkpoints, backend, 1)
     half = checkpoints.root / "step-00000002.tmp"
     half.mkdir()
@@ -108,7 +109,7 @@ def test_an_interrupted_save_is_ignored_and_removed(checkpoints, backend):
     assert not half.exists()
 
 
-def test_a_disk_that_fills_up_while_committing(checkpoints, backend):
+def test_a_disk_that_fills_up_while_committing(checkpoints, backend, save):
     """/dev/full answers every write as a full disk does."""
     older = save(checkpoints, backend, 1)
     (checkpoints.root / f"latest.{os.getpid()}.tmp").symlink_to("/dev/full")
@@ -117,7 +118,27 @@ def test_a_disk_that_fills_up_while_committing(checkpoints, backend):
     assert (older / "COMMITTED").exists()
 
 
-def test_where_nothing_can_be_written(alone, backend, tmp_path):
+def test_where_nothing_can_be_written(alone, backend, tmp_path, save):
     (tmp_path / "checkpoints").write_text("a file")
     with pytest.raises(UserError, match=r"the checkpoint of step 4 cannot be written to .*checkpoints .*free space or"):
         save(Checkpoints(tmp_path / "checkpoints", alone, keep=1), backend, 4)
+
+
+def test_a_run_goes_on_from_the_newest_that_is_whole_and_never_from_nothing(start, small, tmp_path):
+    """Checkpoints of steps 6 and 8 are kept."""
+    options = ["--debug", *small, "--run-dir", str(tmp_path / "run")]
+    assert start("recipes/pretrain_21k.py", options).wait().codes == [0]
+    whole = ranks.metrics(tmp_path / "run")
+    kept = tmp_path / "run" / "checkpoints"
+    truncate(kept / "step-00000008" / "engine" / "__0_0.distcp")
+    again = start("recipes/pretrain_21k.py", options).wait()
+    assert again.codes == [0], again.outputs
+    assert "checkpoint step-00000008 is not whole (engine/__0_0.distcp: its SHA-256" in again.outputs[0]
+    assert "steps 6 to 8" in again.outputs[0]
+    assert ranks.metrics(tmp_path / "run") == whole
+    for path in kept.glob("step-*"):
+        flip(path / "manifest.json")
+    refused = start("recipes/pretrain_21k.py", options).wait()
+    assert refused.codes == [2], refused.outputs
+    assert "error: none of the 2 checkpoints in" in refused.outputs[0]
+    assert ranks.metrics(tmp_path / "run") == whole

@@ -1,0 +1,65 @@
+"""Copies of committed checkpoints at a URL of fsspec's, an object store's say: COMMITTED comes last there, too."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from fsspec.core import url_to_fs
+
+from pipeline.checkpoint.whole import COMMITTED, file_names
+from shards.errors import UserError
+
+PROBE = "writable"
+
+
+def check_destination(url: str) -> None:
+    """Raises UserError unless a file can be written below `url`."""
+    try:
+        system, root = url_to_fs(url)
+        system.makedirs(root, exist_ok=True)
+        system.pipe_file(f"{root}/{PROBE}", b"yes")
+        system.rm_file(f"{root}/{PROBE}")
+    except Exception as error:  # each library has its own
+        raise UserError(
+            f"checkpoint.upload '{url}' cannot be written ({type(error).__name__}: {error}): check the address, its "
+            "credentials and that the library for it is installed (s3:// needs s3fs, gs:// gcsfs), or leave it empty"
+        ) from error
+
+
+def upload(directory: Path, url: str) -> None:
+    """Copies a committed checkpoint to URL/step-N. Where that fails it says so: the checkpoint itself is whole, the
+    training goes on, and the next one is tried again."""
+    try:
+        system, root = url_to_fs(url)
+        _copy(directory, system, f"{root}/{directory.name}")
+    except Exception as error:  # each library has its own
+        print(
+            f"error: checkpoint {directory.name} is whole here, but was not uploaded to {url} "
+            f"({type(error).__name__}: {error}); the run goes on",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _copy(directory: Path, system: Any, target: str) -> None:
+    """Raises OSError where the sizes there are not those here."""
+    sizes = {name: (directory / name).stat().st_size for name in file_names(directory)}
+    if system.exists(f"{target}/{COMMITTED}"):  # of an earlier attempt at this step
+        system.rm_file(f"{target}/{COMMITTED}")
+    for name in sizes:
+        if name != COMMITTED:
+            _put(directory, name, system, target)
+    system.invalidate_cache()
+    wrong = [name for name, size in sizes.items() if name != COMMITTED and _size(system, f"{target}/{name}") != size]
+    if wrong:
+        raise OSError(f"{wrong[0]} has another size there")
+    _put(directory, COMMITTED, system, target)
+
+
+def _put(directory: Path, name: str, system: Any, target: str) -> None:
+    system.makedirs(f"{target}/{name}".rpartition("/")[0], exist_ok=True)
+    system.put_file(str(directory / name), f"{target}/{name}")
+
+
+def _size(system: Any, path: str) -> int:
+    return system.info(path)["size"]

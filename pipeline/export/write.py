@@ -1,0 +1,88 @@
+"""A directory in timm's layout: model.safetensors, config.json, README.md, and other formats on request."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import save_for_hf
+from torch import Tensor, nn
+
+from pipeline.augment.device import IMAGENET_MEAN, IMAGENET_STD
+from pipeline.augment.exact import EvalTransform
+from pipeline.export.card import Licences, card
+from pipeline.export.formats import check_onnx_installed, compare, images_for, write_onnx, write_torch_export
+from pipeline.export.source import Source, build
+from shards.durable import explained
+from shards.errors import UserError
+
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+
+
+@dataclass(frozen=True)
+class Formats:
+    """Beside timm's."""
+
+    onnx: bool = False
+    torch_export: bool = False
+
+
+def write(source: Source, out: Path, formats: Formats, licences: Licences) -> dict[str, float]:
+    """Writes the new directory `out`, whole or not at all; {file: how far its logits are from the model's}.
+
+    Raises UserError where it cannot be written or something is missing, RuntimeError where a file computes otherwise
+    than the model.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists: an export is written whole, into a new directory; remove it or name another")
+    if formats.onnx:
+        check_onnx_installed()
+    aside = out.with_name(out.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    with explained(out):
+        aside.mkdir(parents=True)
+        try:
+            found = _fill(aside, source, formats, licences)
+            aside.rename(out)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    return found
+
+
+def _fill(directory: Path, source: Source, formats: Formats, licences: Licences) -> dict[str, float]:
+    model = build(source)
+    images = images_for(source.recipe.augment.image_size)
+    save_for_hf(model, str(directory), safe_serialization=True, data_config=_data_config(source))
+    config = json.loads((directory / CONFIG).read_text())
+    found = {WEIGHTS: _check_timm(directory, config, model, images)}
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    (directory / CARD).write_text(card(source, config, parameters, licences))
+    if formats.torch_export:
+        found["model.pt2"] = write_torch_export(model, images, directory / "model.pt2")
+    if formats.onnx:
+        found["model.onnx"] = write_onnx(model, images, directory / "model.onnx")
+    return found
+
+
+def _data_config(source: Source) -> dict[str, Any]:
+    """How evaluation prepares images, in timm's words."""
+    side = source.recipe.augment.image_size
+    return {
+        "input_size": (3, side, side),
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
+        "interpolation": "bicubic",
+        "crop_pct": 1 / EvalTransform.resize_ratio,
+        "crop_mode": "center",
+    }
+
+
+@torch.no_grad()
+def _check_timm(directory: Path, config: dict, model: nn.Module, images: Tensor) -> float:
+    """That timm makes the same model of the files."""
+    weights = directory / WEIGHTS
+    again = timm.create_model(config["architecture"], checkpoint_path=weights, **config["model_args"]).eval()
+    return compare(WEIGHTS, again(images), model(images), 0.0)
