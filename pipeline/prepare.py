@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import pipeline.models  # noqa: F401 - registers our models with timm
+from pipeline import optim
 from pipeline.augment.exact import EvalTransform, TrainTransform
 from pipeline.augment.fast import FastTrainTransform
 from pipeline.augment.mixing import Mixing
@@ -28,7 +29,7 @@ from pipeline.ema import EMA
 from pipeline.evaluate import Evaluator, Variants, head_names
 from pipeline.loss import SummedOverHeads
 from pipeline.models.load import load_start
-from pipeline.optim import WarmupCosine, adamw
+from pipeline.optim import WarmupCosine
 from pipeline.recipe import Recipe
 from pipeline.record import Record, check_same_recipe, keep_recipe
 from pipeline.validate import num_steps, validate
@@ -112,6 +113,7 @@ def prepare(recipe: Recipe, world: World) -> Run:
     Raises UserError for whatever cannot work.
     """
     validate(recipe)
+    optim.table.check(recipe.optimizer.name, world.strategy)
     mixes = recipe.augment.mixup or recipe.augment.cutmix
     check_layout(recipe.data.global_batch, world.size, recipe.data.accumulation, pairs=mixes)
     make_deterministic(recipe)
@@ -260,7 +262,8 @@ def start_from(model: nn.Module, path: str, say: bool) -> None:
 def make_learner(recipe: Recipe, world: World, model: nn.Module, schedule: WarmupCosine, num_evaluated: int) -> Learner:
     section = recipe.optimizer
     names = head_names(model)
-    make_optimizer = functools.partial(adamw, betas=section.betas, eps=section.eps, weight_decay=section.weight_decay)
+    groups = optim.group(model, section.layer_decay)
+    make_optimizer = functools.partial(optim.make_optimizer, section=section, groups=groups)
     options = StepOptions(recipe.data.accumulation, section.clip_norm, recipe.runtime.precision == "bf16")
     micro_batch = recipe.data.global_batch // world.size // recipe.data.accumulation
     backend = wrap(world, model, make_optimizer, micro_batch, options)

@@ -11,6 +11,7 @@ Differs:  from scratch, where the authors' program silently starts from timm's w
 Debug:    --debug trains a model of 32 px on the formula-driven images of `make demo`, on any machine, in a minute.
 """
 
+from pipeline.optim.table import describe
 from pipeline.recipe import Augment, Checkpoint, Data, Evaluation, Model, Optimizer, Recipe, Runtime, Schedule, parse
 from pipeline.trainer import run
 
@@ -65,4 +66,4 @@ def make(model: str, small: bool) -> Recipe:
 
 
 if __name__ == "__main__":
-    run(parse(make, MODELS, __doc__))
+    run(parse(make, MODELS, f"{__doc__}\n{describe()}"))

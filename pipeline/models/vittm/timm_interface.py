@@ -37,8 +37,8 @@ class TimmInterface:
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns by which timm groups parameters by depth; fusions, which every layer shares, belong to the stem."""
-        stem = r"^(memory|process)_(embedder|pos_embed)|^(read|write)_fusion"
-        return {"stem": stem, "blocks": [(r"^layers\.(\d+)", None), (r"^(process_)?norm\.", (99999,))]}
+        stem = r"^(?:memory|process)_(?:embedder|pos_embed)|^(?:read|write)_fusion"
+        return {"stem": stem, "blocks": [(r"^layers\.(\d+)", None), (r"^(?:process_)?norm\.", (99999,))]}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether layers forget what is inside them, and compute it anew in the backward pass."""
