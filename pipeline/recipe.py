@@ -120,7 +120,7 @@ class Optimizer:
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of the first and second moment; of Shampoo's gradients and factors."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the root of the second moment; Shampoo has its own below."""
     weight_decay: float = 0.03
     """Decoupled weight decay, on every parameter as the authors of ViTTM have it."""
     clip_norm: float = 1.0

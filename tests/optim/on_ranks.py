@@ -14,6 +14,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -27,6 +28,7 @@ from pipeline.recipe import Shampoo as ShampooSection
 from pipeline.trainer import leave
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "shampoo"
+TOLERANCES = {"shampoo_every_step": 1e-9, "shampoo_blocked": 1e-4}  # as spec/shampoo.md has them
 STRATEGIES = ("ddp", "fsdp", "deepspeed")  # in this order: Accelerate forgets nothing of DeepSpeed
 SAVED, STEPS = 2, 4
 BATCH, CLASSES, SIDE = 8, 5, 16
@@ -42,12 +44,18 @@ def cases(size: int) -> list[tuple[str, str]]:
     return [each for each in found if each != ("fsdp", "adamw") and (size == 1 or each != ("ddp", "adamw"))]
 
 
+def moves(size: int) -> list[tuple[str, str, str]]:
+    """(optimizer, strategy, strategy of the other world that saved it)."""
+    pairs = [("ddp", "ddp"), ("ddp", "fsdp"), ("fsdp", "fsdp")] if size == 1 else [("ddp", "ddp"), ("fsdp", "ddp")]
+    return [(name, *pair) for name in ("shampoo", "lamb") for pair in pairs]
+
+
 def train_all(root: Path) -> None:
     gc.freeze()  # every backend ends in a full collection, which took half of the time
     world = start("cpu")
     os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(ranks.ROOT / "ds_configs" / "zero2.json")
     if world.size > 1:
-        check_golden(world)
+        check_golden(world, root)
         measure_state(world, root)
     for strategy, name in cases(world.size):
         placed = dataclasses.replace(world, strategy=strategy)
@@ -56,15 +64,14 @@ def train_all(root: Path) -> None:
 
 
 def continue_all(root: Path) -> None:
-    """Shampoo, from what a world of another size saved."""
+    """Of what a world of another size saved, those whose state is not torch.optim's."""
     gc.freeze()
     world = start("cpu")
     other = 3 - world.size
-    for strategy in ("ddp", "fsdp"):
-        for saved in ("ddp", "fsdp") if other > 1 else ("ddp",):
-            backend = build(dataclasses.replace(world, strategy=strategy), "shampoo")
-            backend.load_engine(root / f"{saved}-shampoo-{other}" / "engine")
-            finish(backend, world, SAVED, root / f"{strategy}-shampoo-{world.size}-from-{saved}-{other}")
+    for name, strategy, saved in moves(world.size):
+        backend = build(dataclasses.replace(world, strategy=strategy), name)
+        backend.load_engine(root / f"{saved}-{name}-{other}" / "engine")
+        finish(backend, world, SAVED, root / f"{strategy}-{name}-{world.size}-from-{saved}")
     leave(0)
 
 
@@ -137,36 +144,38 @@ class Given(nn.Module):
             self.register_parameter(name, nn.Parameter(tensor.clone()))
 
 
-def check_golden(world: World) -> None:
-    """On each rank: the reference's steps by DDP and by FSDP2."""
-    for name, tolerance in (("shampoo_every_step", 1e-9), ("shampoo_blocked", 1e-4)):
-        for shard in (False, True):
-            follow(name, tolerance, shard)
+def check_golden(world: World, root: Path) -> None:
+    """On each rank the reference's steps by DDP and by FSDP2; `root` gets the last parameters."""
     mesh = torch.distributed.init_device_mesh("cpu", (world.size,))
+    for name, tolerance in TOLERANCES.items():
+        for strategy, shards in (("ddp", None), ("fsdp", mesh)):
+            found = follow(name, tolerance, shards)
+            if world.is_main:
+                save_file(found, root / f"{name}-{strategy}.safetensors")
     columns = nn.Parameter(distribute_tensor(torch.zeros(4, 4), mesh, [Shard(1)]))
     with pytest.raises(ValueError, match=r"sharded over dimension 0 on all 2 ranks, .* not .*Shard\(dim=1\)"):
         Shampoo([columns], 0.1, (0.9, 0.999), 1e-12, 0.0, 8, 1, 1)
 
 
-def follow(name: str, tolerance: float, shard: bool) -> dict[str, Tensor]:
-    """Steps with a reference file's gradients, whose parameters ours are compared with after each; the last ones."""
+def follow(name: str, tolerance: float, mesh: DeviceMesh | None = None) -> dict[str, Tensor]:
+    """Steps with a reference file's gradients, whose parameters ours are compared with after each; the last ones.
+
+    mesh: over which parameters are sharded.
+    """
     settings, tensors = json.loads((GOLDEN / f"{name}.json").read_text()), load_file(GOLDEN / f"{name}.safetensors")
-    shapes = {each: tuple(shape) for each, shape in settings["shapes"].items()}
-    model = Given(
-        {each: tensors[f"init.{each}"] for each in shapes} | {"token": torch.ones(TOKEN, dtype=torch.float64)}
-    )
-    if shard:
-        fully_shard(model)
+    token = torch.ones(TOKEN, dtype=torch.float64)
+    model = Given({each: tensors[f"init.{each}"] for each in settings["shapes"]} | {"token": token})
+    if mesh is not None:
+        fully_shard(model, mesh=mesh)
     optimizer = Shampoo(model.parameters(), **shampoo_options(settings))
     for number in range(settings["steps"]):
         for each, parameter in model.named_parameters():
             key = f"grad.{number:02d}.{each}"
-            gradient = tensors[key].clone() if key in tensors else waves(number)
-            parameter.grad = as_sharded(gradient, parameter)
+            parameter.grad = as_sharded(tensors[key].clone() if key in tensors else waves(number), parameter)
         optimizer.step()
         found = {each: whole(parameter) for each, parameter in model.named_parameters()}
-        expected = {each: tensors[f"param.{number:02d}.{each}"] for each in shapes}
-        torch.testing.assert_close({each: found[each] for each in shapes}, expected, rtol=0, atol=tolerance)
+        for each in settings["shapes"]:
+            torch.testing.assert_close(found[each], tensors[f"param.{number:02d}.{each}"], rtol=0, atol=tolerance)
     return found
 
 

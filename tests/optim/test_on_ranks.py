@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 ON_TWO = on_ranks.cases(2)
-MOVED = ["ddp-shampoo-1-from-ddp-2", "ddp-shampoo-1-from-fsdp-2", "fsdp-shampoo-1-from-fsdp-2"]
-MOVED += ["ddp-shampoo-2-from-ddp-1", "fsdp-shampoo-2-from-ddp-1"]
+MOVED = [(size, *move) for size in (1, 2) for move in on_ranks.moves(size)]
 
 
 @pytest.fixture(scope="module")
@@ -48,17 +47,24 @@ def test_a_resumed_run_is_bitwise_the_same(runs, run):
     torch.testing.assert_close(weights(runs / run / "resumed"), weights(runs / run), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("run", MOVED)
-def test_shampoo_goes_on_in_another_world(runs, run):
-    whole = runs / "ddp-shampoo-1"
-    assert losses(runs / run) == pytest.approx(losses(whole)[on_ranks.SAVED :], rel=1e-5)
-    torch.testing.assert_close(weights(runs / run), weights(whole), rtol=0, atol=1e-5)
+@pytest.mark.parametrize(("size", "name", "strategy", "saved"), MOVED)
+def test_a_run_goes_on_in_another_world(runs, size, name, strategy, saved):
+    whole, moved = runs / f"ddp-{name}-1", runs / f"{strategy}-{name}-{size}-from-{saved}"
+    assert losses(moved) == pytest.approx(losses(whole)[on_ranks.SAVED :], rel=1e-5)
+    torch.testing.assert_close(weights(moved), weights(whole), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_ranks_share_shampoos_state(runs, strategy):
+@pytest.mark.parametrize("name", on_ranks.TOLERANCES)
+def test_the_references_steps_on_two_ranks(runs, strategy, name):
+    """Which the ranks have compared with the reference's after each step."""
+    found = load_file(runs / f"{name}-{strategy}.safetensors")
+    torch.testing.assert_close(found, on_ranks.follow(name, on_ranks.TOLERANCES[name]), rtol=0, atol=1e-9)
+
+
+def test_two_ranks_share_shampoos_state(runs):
     alone = on_ranks.state_bytes(timm.create_model("vittm_tiny", num_classes=10))
-    shared = json.loads((runs / "state.json").read_text())[strategy]
-    assert len(shared) == 2
-    assert max(shared) <= 0.6 * alone
-    assert sum(shared) >= alone
+    for shared in json.loads((runs / "state.json").read_text()).values():
+        assert len(shared) == 2
+        assert max(shared) <= 0.6 * alone
+        assert sum(shared) >= alone

@@ -22,9 +22,9 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("shampoo_every_step", 1e-9), ("shampoo_blocked", 1e-4)])
-def test_the_references_steps(name, tolerance):
-    on_ranks.follow(name, tolerance, shard=False)
+@pytest.mark.parametrize("name", on_ranks.TOLERANCES)
+def test_the_references_steps(name):
+    on_ranks.follow(name, on_ranks.TOLERANCES[name])
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch_optimizer
 from torch import nn
+from torch.distributed.checkpoint import FileSystemReader
 
 from pipeline import optim
 from pipeline.optim.table import COLLECTION, OPTIMIZERS, UNUSABLE, check, collected, describe
@@ -75,6 +76,18 @@ def test_a_refused_pair_ends_the_launch_before_work_starts(start, small, tmp_pat
     assert ended.codes == [2], ended.outputs
     assert "error: optimizer.name 'muon' does not run on deepspeed, only on ddp and fsdp" in ended.outputs[0]
     assert json.loads((tmp_path / "run" / "outcome.json").read_text())["outcome"] == "error"
+
+
+def test_a_recipe_trains_by_the_optimizer_that_it_names(start, small, tmp_path):
+    options = ["--debug", *small, "--run-dir", str(tmp_path / "run"), "--optimizer.name", "shampoo"]
+    options += ["--optimizer.shampoo.max-preconditioner-dim", "64", "--schedule.length", "3 steps"]
+    ended = start("recipes/finetune_1k.py", [*options, "--optimizer.layer-decay", "0.8"]).wait()
+    assert ended.codes == [0], ended.outputs
+    metadata = FileSystemReader(tmp_path / "run" / "checkpoints" / "step-00000003" / "engine").read_metadata()
+    names = [name for name in metadata.state_dict_metadata if "layers.0.block.attn.qkv.weight.block_1_0_" in name]
+    assert sorted(name.rpartition("block_1_0_")[2] for name in names) == [
+        *("exp_avg", "exp_avg_sq", "factor_0", "factor_1", "root_0", "root_1")
+    ]
 
 
 @pytest.mark.parametrize("recipe", ["pretrain_21k", "finetune_1k", "chain", "demo"])
