@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline import optim
 from pipeline.augment.exact import EvalTransform, TrainTransform
 from pipeline.augment.fast import FastTrainTransform
 from pipeline.augment.mixing import Mixing
@@ -26,7 +27,7 @@ from pipeline.ema import EMA
 from pipeline.evaluate import Evaluator, Variants, head_names
 from pipeline.loss import SummedOverHeads
 from pipeline.models.build import give_start, make_model
-from pipeline.optim import WarmupCosine, adamw
+from pipeline.optim import WarmupCosine
 from pipeline.recipe import Recipe
 from pipeline.record import Record, check_same_recipe, check_writable, code_version, keep_recipe, kept_metrics
 from pipeline.validate import num_steps, validate
@@ -114,6 +115,7 @@ def prepare(recipe: Recipe, world: World) -> Run:
     Raises UserError for whatever cannot work.
     """
     validate(recipe)
+    optim.table.check(recipe.optimizer.name, world.strategy)
     run_dir = Path(recipe.run_dir)
     check_writable(run_dir)
     mixes = recipe.augment.mixup or recipe.augment.cutmix
@@ -242,7 +244,8 @@ def make_schedule(recipe: Recipe, batches_per_epoch: int) -> tuple[WarmupCosine,
 def make_learner(recipe: Recipe, world: World, model: nn.Module, schedule: WarmupCosine, num_evaluated: int) -> Learner:
     section = recipe.optimizer
     names = head_names(model)
-    make_optimizer = functools.partial(adamw, betas=section.betas, eps=section.eps, weight_decay=section.weight_decay)
+    groups = optim.group(model, section.layer_decay)
+    make_optimizer = functools.partial(optim.make_optimizer, section=section, groups=groups)
     options = StepOptions(recipe.data.accumulation, section.clip_norm, recipe.runtime.precision == "bf16")
     micro_batch = recipe.data.global_batch // world.size // recipe.data.accumulation
     backend = wrap(world, model, make_optimizer, micro_batch, options)

@@ -139,17 +139,36 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Shampoo:
+    epsilon: float = 1e-12
+    """Added to the eigenvalues of the factors."""
+    max_preconditioner_dim: int = 8192
+    """Largest side of a factor: dimensions are merged up to it, and split where they are larger."""
+    precondition_frequency: int = 100
+    """Steps between two computations of the inverse roots."""
+    start_preconditioning_step: int = 300
+    """Step, counted from 1, from which on updates are preconditioned; before it they are Adam's."""
+    grafting_beta2: float = 0.999
+    """Decay rate of the second moment of the Adam whose lengths of updates are taken over."""
+    grafting_epsilon: float = 1e-8
+    """Added to the root of that second moment."""
+
+
+@dataclass(frozen=True)
 class Optimizer:
-    name: Literal["adamw"] = "adamw"
-    """Optimizer."""
+    name: str = "adamw"
+    """Optimizer: see the table above."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of the first and second moment."""
+    """Decay rates of the first and second moment; of Shampoo's gradients and factors."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the root of the second moment; Shampoo has its own below."""
     weight_decay: float = 0.03
     """Decoupled weight decay, on every parameter as the authors of ViTTM have it."""
     clip_norm: float = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
+    layer_decay: float = 1.0
+    """Learning rate of a layer over that of the next one, towards the input; 1 gives all the same."""
+    shampoo: Shampoo = field(default_factory=Shampoo)
 
 
 @dataclass(frozen=True)

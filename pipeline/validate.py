@@ -1,6 +1,6 @@
 """What about a recipe alone cannot work, and what its durations are in steps."""
 
-from pipeline.recipe import Recipe, flatten
+from pipeline.recipe import Optimizer, Recipe, flatten
 from shards.budget import Budget
 from shards.errors import UserError
 
@@ -72,9 +72,19 @@ def _range_errors(recipe: Recipe) -> list[str]:
         "augment.image_size",
         "evaluation.batch",
         "checkpoint.keep",
+        "optimizer.shampoo.max_preconditioner_dim",
+        "optimizer.shampoo.precondition_frequency",
+        "optimizer.shampoo.start_preconditioning_step",
     )
     shares = ("augment.hflip", "augment.erasing", "ema_decay")
-    rates = ("schedule.lr", "schedule.warmup_lr", "schedule.min_lr", "optimizer.weight_decay", "optimizer.clip_norm")
+    rates = (
+        "schedule.lr",
+        "schedule.warmup_lr",
+        "schedule.min_lr",
+        "optimizer.eps",
+        "optimizer.weight_decay",
+        "optimizer.clip_norm",
+    )
     counts = ("data.workers", "data.runs", "runtime.processes", "augment.randaugment_ops")
     limits = [
         *((name, 1, float("inf")) for name in positive),
@@ -89,6 +99,7 @@ def _range_errors(recipe: Recipe) -> list[str]:
     ]
     spans = {"augment.crop_scale": recipe.augment.crop_scale, "augment.crop_ratio": recipe.augment.crop_ratio}
     found += [f"{name} {span}: must be 0 < low <= high" for name, span in spans.items() if not 0 < span[0] <= span[1]]
+    found += _optimizer_errors(recipe.optimizer)
     try:
         Budget(recipe.data.max_bad)
     except UserError as error:
@@ -111,4 +122,22 @@ def _start_errors(recipe: Recipe) -> list[str]:
             f"model.init_weights '{init_weights}' would not be looked at while model.init_from is none: set that to "
             "blocks or blocks+flexi, or give a whole checkpoint as model.start"
         )
+    return found
+
+
+def _optimizer_errors(section: Optimizer) -> list[str]:
+    """What has no largest or smallest value that may be taken."""
+    shampoo = section.shampoo
+    decays = {
+        "betas[0]": section.betas[0],
+        "betas[1]": section.betas[1],
+        "shampoo.grafting_beta2": shampoo.grafting_beta2,
+    }
+    epsilons = {"shampoo.epsilon": shampoo.epsilon, "shampoo.grafting_epsilon": shampoo.grafting_epsilon}
+    found = [
+        f"optimizer.{name} {value}: must be 0 <= value < 1" for name, value in decays.items() if not 0 <= value < 1
+    ]
+    found += [f"optimizer.{name} {value}: must be above 0" for name, value in epsilons.items() if not value > 0]
+    if not 0 < section.layer_decay <= 1:
+        found.append(f"optimizer.layer_decay {section.layer_decay}: must be 0 < value <= 1")
     return found

@@ -13,6 +13,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from pipeline import chain
+from pipeline.optim.table import describe
 from pipeline.recipe import Recipe, parse
 from recipes import finetune_1k, pretrain_21k
 
@@ -37,5 +38,5 @@ def stages(of: Chain) -> list[chain.Stage]:
 
 
 if __name__ == "__main__":
-    chosen = parse(make, pretrain_21k.MODELS, __doc__)
+    chosen = parse(make, pretrain_21k.MODELS, f"{__doc__}\n{describe()}")
     chain.run(stages(chosen), chosen.run_dir, chosen.pretrain.runtime)

@@ -14,6 +14,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from pipeline import chain
+from pipeline.optim.table import describe
 from pipeline.recipe import Augment, Checkpoint, Data, Evaluation, Model, Optimizer, Recipe, Schedule, parse
 
 MODEL = "vittm_tiny"
@@ -77,5 +78,5 @@ def _schedule(small: bool, length: str) -> Schedule:
 
 
 if __name__ == "__main__":
-    chosen = parse(make, (MODEL,), __doc__)
+    chosen = parse(make, (MODEL,), f"{__doc__}\n{describe()}")
     chain.run(stages(chosen), chosen.run_dir, chosen.pretrain.runtime)

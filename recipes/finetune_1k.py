@@ -14,6 +14,7 @@ Debug:    --debug trains a model of 32 px on scikit-learn's handwritten digits, 
 
 import dataclasses
 
+from pipeline.optim.table import describe
 from pipeline.recipe import Augment, Data, Evaluation, Model, Optimizer, Recipe, Runtime, Schedule, parse
 from pipeline.trainer import run
 from recipes import pretrain_21k
@@ -79,4 +80,4 @@ def make(model: str, small: bool) -> Recipe:
 
 
 if __name__ == "__main__":
-    run(parse(make, MODELS, __doc__))
+    run(parse(make, MODELS, f"{__doc__}\n{describe()}"))

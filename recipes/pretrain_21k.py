@@ -14,6 +14,7 @@ Debug:    --debug trains a model of 32 px on the formula-driven images of `make 
 
 from dataclasses import replace
 
+from pipeline.optim.table import describe
 from pipeline.recipe import Augment, Checkpoint, Data, Evaluation, Model, Optimizer, Recipe, Runtime, Schedule, parse
 from pipeline.trainer import run
 
@@ -72,4 +73,4 @@ def make(model: str, small: bool) -> Recipe:
 
 
 if __name__ == "__main__":
-    run(parse(make, MODELS, __doc__))
+    run(parse(make, MODELS, f"{__doc__}\n{describe()}"))

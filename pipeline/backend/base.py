@@ -60,8 +60,9 @@ class Backend(ABC):
         return criterion(outputs, targets)
 
     def set_lr(self, lr: float) -> None:
+        """A group with an `lr_scale` gets that share of it."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
 
     def warm_up(self, criterion: Criterion, batch: Mixed) -> None:  # noqa: B027 - most backends need none
         """Brings the backend into the state it has after its first steps, where that changes the order of sums."""

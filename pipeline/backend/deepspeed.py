@@ -5,8 +5,10 @@ import shutil
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin
@@ -38,6 +40,8 @@ class DeepSpeed(Backend):
         self.engine, wrapped = self.accelerator.prepare(model, optimizer)
         super().__init__(world, self.engine, wrapped.optimizer, options)
         self._check(config)
+        if hasattr(optimizer, "place"):
+            optimizer.place([_part(parameter) for parameter in self.module.parameters() if parameter.requires_grad])
 
     @property
     def module(self) -> nn.Module:
@@ -88,6 +92,15 @@ class DeepSpeed(Backend):
                 f"ZeRO stage {stage} over {self.world.size} ranks was asked for, but DeepSpeed runs stage "
                 f"{engine.zero_optimization_stage()} over {engine.world_size}: {REMEDY}"
             )
+
+
+def _part(parameter: Any) -> Tensor | None:
+    """What this rank's flat fp32 partitions hold of a parameter, as a view into them; None for nothing."""
+    if hasattr(parameter, "ds_id"):  # stage 3, which pads the last rank's part with what memory held
+        part = parameter._z3_optimizer.get_local_fp32_param(parameter)
+        length = parameter.ds_numel - dist.get_rank(parameter.ds_process_group) * len(part)
+        return part[: max(length, 0)]
+    return None if parameter._hp_mapping is None else parameter._hp_mapping.get_hp_fragment()
 
 
 REMEDY = "the launch did not reach DeepSpeed; start through ds_configs/zero2_*.yaml"

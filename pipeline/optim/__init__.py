@@ -1,16 +1,28 @@
 """Optimizers and the learning rate."""
 
-import torch
 from torch import nn
+from torch.optim import Optimizer
 
+from pipeline.optim import table
+from pipeline.optim.groups import Groups, check_partition, group
 from pipeline.optim.schedule import WarmupCosine
+from pipeline.recipe import Optimizer as Section
 
-__all__ = ["WarmupCosine", "adamw"]
+__all__ = ["Groups", "WarmupCosine", "adamw", "group", "make_optimizer", "table"]
 
 
-def adamw(model: nn.Module, betas: tuple[float, float], eps: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with decay on every parameter (norms, biases and position tables included, as the authors of ViTTM do),
-    fused on CUDA. The learning rate is set before each step, so none is given here."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    fused = all(parameter.is_cuda for parameter in parameters)
-    return torch.optim.AdamW(parameters, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
+def make_optimizer(model: nn.Module, section: Section, groups: Groups) -> Optimizer:
+    """The section's optimizer for the model, whose parameters a backend may have sharded since `groups` were made.
+
+    Weight decay is on every parameter: norms, biases and position tables included, as the authors of ViTTM do.
+    """
+    entry = table.find(section.name)
+    optimizer = entry.make(groups.bind(model, entry.split_hidden), section)
+    check_partition(model, optimizer)
+    return optimizer
+
+
+def adamw(model: nn.Module, betas: tuple[float, float], eps: float, weight_decay: float) -> Optimizer:
+    """AdamW for all of a model that is not sharded yet."""
+    section = Section(betas=betas, eps=eps, weight_decay=weight_decay)
+    return make_optimizer(model, section, group(model, layer_decay=1.0))
