@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from pipeline import sharded
+from pipeline.sharded import Shard
 from shards.durable import atomic_file, sync_directory
 from shards.errors import UserError
 
@@ -58,7 +59,7 @@ class Checkpoints:
     world: Ranks
     keep: int
 
-    def save(self, step: int, engine: Engine, averages: dict[str, Tensor], state: dict) -> Path:
+    def save(self, step: int, engine: Engine, averages: list[Shard], state: dict) -> Path:
         """Commits the state of `step`; older checkpoints are pruned only after that.
 
         Raises UserError where it cannot be written (the older ones stay whole).
@@ -88,19 +89,19 @@ class Checkpoints:
                 print(f"checkpoint {name} is not whole ({found}): ignored, an older one is tried", flush=True)
         return None
 
-    def load(self, path: Path, engine: Engine, averages: dict[str, Tensor]) -> None:
+    def load(self, path: Path, engine: Engine, averages: list[Shard]) -> None:
         """Reads a checkpoint that `newest` gave into the engine, the averages and this rank's RNG."""
         engine.load_engine(path / "engine")
         if averages:
-            dcp.load({"ema": averages}, checkpoint_id=path / "ema")
+            sharded.load(averages, path / "ema")
         rng = path / _rng_name(self.world.rank)
         if rng.exists():
             _set_rng(load_file(rng))
 
-    def _write(self, directory: Path, engine: Engine, averages: dict[str, Tensor], state: dict) -> None:
+    def _write(self, directory: Path, engine: Engine, averages: list[Shard], state: dict) -> None:
         engine.save_engine(directory / "engine")
         if averages:
-            dcp.save({"ema": averages}, checkpoint_id=directory / "ema")
+            sharded.save(averages, directory / "ema")
         save_file(_get_rng(), directory / _rng_name(self.world.rank))
         if self.world.is_main:
             (directory / STATE).write_text(json.dumps(state, indent=1))

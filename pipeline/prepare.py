@@ -31,6 +31,7 @@ from pipeline.models.load import load_start
 from pipeline.optim import WarmupCosine, adamw
 from pipeline.recipe import Recipe
 from pipeline.record import Record, check_same_recipe, keep_recipe
+from pipeline.sharded import Shard
 from pipeline.validate import num_steps, validate
 from shards.budget import Budget
 from shards.errors import UserError
@@ -69,8 +70,8 @@ class Learner:
     ema: EMA | None
     evaluator: Evaluator
 
-    def averages(self) -> dict[str, Tensor]:
-        return self.ema.state() if self.ema else {}
+    def averages(self) -> list[Shard]:
+        return self.ema.state() if self.ema else []
 
 
 @dataclass
@@ -153,15 +154,15 @@ def begin(run: Run, newest: Path | None) -> None:
 def restore(run: Run, path: Path) -> None:
     """Raises UserError where the checkpoint is of other data, or of a launch that this one cannot take over: DDP and
     FSDP2 read each other's on any world, ZeRO's partitions belong to ZeRO and to a world of one size."""
-    state, world = read_state(path), run.world
+    state, world, strategy = read_state(path), run.world, run.learner.backend.name
     run.input.stream.check_state(state["data"], path)
     moved = state["world"] != world.size
-    crossed = (state["strategy"] == "deepspeed") != (world.strategy == "deepspeed")
-    if crossed or (moved and world.strategy == "deepspeed"):
+    zero = "zero" in strategy or "zero" in state["strategy"]
+    if zero and (moved or strategy != state["strategy"]):
         raise UserError(
             f"{path} was saved by {state['world']} ranks of {state['strategy']}, and cannot be continued by "
-            f"{world.size} ranks of {world.strategy}: DeepSpeed's files fit DeepSpeed alone, on as many ranks; start "
-            "it with the launch file that it began with, or begin anew in another --run-dir"
+            f"{world.size} ranks of {strategy}: DeepSpeed's files fit the same ZeRO stage alone, on as many ranks; "
+            "start it with the launch file that it began with, or begin anew in another --run-dir"
         )
     run.checkpoints.load(path, run.learner.backend, run.learner.averages())
     run.progress.start = run.progress.saved = state["step"]
@@ -264,7 +265,7 @@ def make_learner(recipe: Recipe, world: World, model: nn.Module, schedule: Warmu
     options = StepOptions(recipe.data.accumulation, section.clip_norm, recipe.runtime.precision == "bf16")
     micro_batch = recipe.data.global_batch // world.size // recipe.data.accumulation
     backend = wrap(world, model, make_optimizer, micro_batch, options)
-    ema = EMA(backend.parameters(), recipe.ema_decay) if recipe.ema_decay else None
+    ema = EMA(backend, recipe.ema_decay) if recipe.ema_decay else None
     variants: Variants = {"": nullcontext} | ({"ema_": ema.swap} if ema else {})
     evaluator = Evaluator(backend, names, variants, num_evaluated)
     return Learner(backend, SummedOverHeads(recipe.loss), schedule, ema, evaluator)

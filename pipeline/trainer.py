@@ -49,14 +49,14 @@ def fit(recipe: Recipe, world: World) -> str:
 
 def describe(run: Run) -> str:
     """What is trained, where, on how much, in which order, and from where on."""
-    recipe, world, plan = run.recipe, run.world, run.input.stream.plan
-    parameters = sum(parameter.numel() for parameter in run.learner.backend.module.parameters())
+    recipe, world, plan, backend = run.recipe, run.world, run.input.stream.plan, run.learner.backend
     share = plan.global_batch // world.size // recipe.data.accumulation
     return (
-        f"{recipe.model.name}: {parameters / 1e6:.2f} M parameters in {recipe.runtime.precision}, {world.strategy} on "
-        f"{world.size} x {world.device.type}; {plan.num_samples:,} samples; a step takes {plan.global_batch} = "
-        f"{world.size} ranks x {recipe.data.accumulation} micro-batches x {share}; steps {run.progress.start} to "
-        f"{run.durations.total}, {plan.batches_per_epoch} an epoch\n{run.input.stream.describe()}"
+        f"{recipe.model.name}: {backend.num_parameters() / 1e6:.2f} M parameters in {recipe.runtime.precision}, "
+        f"{backend.name} on {world.size} x {world.device.type}; {plan.num_samples:,} samples; a step takes "
+        f"{plan.global_batch} = {world.size} ranks x {recipe.data.accumulation} micro-batches x {share}; steps "
+        f"{run.progress.start} to {run.durations.total}, {plan.batches_per_epoch} an epoch\n"
+        f"{run.input.stream.describe()}"
         + ("" if recipe.augment.decode == "exact" or has_crop_decode() else f"\n{WHOLE_IMAGES}")
     )
 
@@ -147,7 +147,7 @@ def save(run: Run, done: int) -> None:
         "ema_updates": run.learner.ema.num_updates if run.learner.ema else 0,
         "seconds": run.progress.seconds(),
         "world": run.world.size,
-        "strategy": run.world.strategy,
+        "strategy": run.learner.backend.name,
         "recipe": flatten(run.recipe),
     }
     with run.record.meter.paused():

@@ -12,6 +12,7 @@ from torch import nn
 from pipeline.backend import Backend, StepOptions, wrap
 from pipeline.checkpoint import Checkpoints, read_state
 from pipeline.optim import adamw
+from pipeline.sharded import Shard
 from shards.errors import UserError
 
 
@@ -41,7 +42,15 @@ def train(backend: Backend, seed: int) -> None:
 
 
 def save(checkpoints: Checkpoints, backend: Backend, step: int) -> Path:
-    return checkpoints.save(step, backend, {"w": torch.full((2,), float(step))}, {"kept": "yes"})
+    return checkpoints.save(step, backend, [average(float(step))], {"kept": "yes"})
+
+
+def average(value: float) -> Shard:
+    return Shard("w", torch.full((2,), value), 0, 2)
+
+
+def weights(backend: Backend) -> dict[str, torch.Tensor]:
+    return {shard.name: shard.tensor.clone() for shard in backend.shards()}
 
 
 def test_what_was_saved_is_restored(checkpoints, backend):
@@ -49,15 +58,15 @@ def test_what_was_saved_is_restored(checkpoints, backend):
     path = save(checkpoints, backend, 1)
     random = torch.rand(3)
     train(backend, 2)
-    expected = {name: tensor.clone() for name, tensor in backend.parameters().items()}
+    expected = weights(backend)
     train(backend, 3)
-    averages = {"w": torch.zeros(2)}
-    checkpoints.load(path, backend, averages)
+    averages = average(0.0)
+    checkpoints.load(path, backend, [averages])
     assert read_state(path) == {"kept": "yes", "step": 1}
-    assert averages["w"].tolist() == [1.0, 1.0]
+    assert averages.tensor.tolist() == [1.0, 1.0]
     assert torch.equal(torch.rand(3), random)
     train(backend, 2)
-    torch.testing.assert_close(backend.parameters(), expected, rtol=0, atol=0)
+    torch.testing.assert_close(weights(backend), expected, rtol=0, atol=0)
 
 
 def test_the_newest_are_kept(checkpoints, backend):

@@ -84,7 +84,11 @@ def test_a_deepspeed_configuration_that_is_not_there(refused):
     ("changes", "part"),
     [
         ({"gradient_clipping": 3.0}, "gradient_clipping is 3.0, but the recipe makes it 1.0"),
-        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage is 3, but this backend runs (1, 2)"),
+        ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage is 0, but this backend runs (1, 2, 3)"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+            'zero_optimization.offload_param.device is "nvme", where averages and checkpoints cannot reach',
+        ),
         ({"aio": {"block_size": "auto"}}, 'aio.block_size is "auto", but no recipe field fills it'),
     ],
 )

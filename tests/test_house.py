@@ -23,7 +23,7 @@ MAY_IMPORT = {  # of ours
 }
 OURS = {*MAY_IMPORT, "tests"}
 LAYERS = (  # of pipeline, low to high: a module imports lower ones, and none of its own layer
-    {"recipe"},
+    {"recipe", "sharded"},
     {"validate", "augment", "models", "optim", "checkpoint", "backend", "ema", "loss"},
     {"data"},
     {"evaluate", "record"},

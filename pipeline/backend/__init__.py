@@ -30,7 +30,8 @@ def wrap(
         model = shard(world, model)
         return FSDP(world, model, make_optimizer(model), options)
     if world.strategy == "deepspeed":
-        from pipeline.backend.deepspeed import DeepSpeed, read_config
+        from pipeline.backend.deepspeed import DeepSpeed
+        from pipeline.backend.deepspeed_config import read_config
 
         path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
         config = read_config(path, micro_batch, world.size, options)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.backend.world import World
+from pipeline.sharded import Shard
 
 Criterion = Callable[[Any, Tensor], Tensor]
 Mixed = tuple[Tensor, Tensor]
@@ -44,6 +45,11 @@ class Backend(ABC):
         self.options = options
 
     @property
+    @abstractmethod
+    def name(self) -> str:
+        """The strategy, as launch files name it: what one wrote, another may not be able to read."""
+
+    @property
     def module(self) -> nn.Module:
         """The model without a wrapper: evaluation calls it, and parameter names are its own."""
         return self.model
@@ -69,9 +75,19 @@ class Backend(ABC):
     def step(self, criterion: Criterion, batches: Sequence[Mixed]) -> Stepped:
         """One optimizer step over the micro-batches of this rank."""
 
-    def parameters(self) -> dict[str, Tensor]:
-        """Every parameter by its name, detached but sharing its storage: whole, or a DTensor that holds a shard."""
-        return {name: parameter.detach() for name, parameter in self.module.named_parameters()}
+    def trained(self) -> list[tuple[str, nn.Parameter]]:
+        """The trainable parameters by their names."""
+        return [(name, parameter) for name, parameter in self.module.named_parameters() if parameter.requires_grad]
+
+    @abstractmethod
+    def shards(self) -> list[Shard]:
+        """This rank's piece of every trainable parameter in fp32, sharing the storage that the optimizer updates."""
+
+    def publish(self) -> None:  # noqa: B027 - in most backends the model computes with the pieces themselves
+        """Makes the model compute with what was written into `shards()` by hand; every rank calls it."""
+
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.module.parameters())
 
     @abstractmethod
     def save_engine(self, directory: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pipeline.backend import engine_files
 from pipeline.backend.base import Backend, Criterion, Mixed, StepOptions, Stepped
 from pipeline.backend.world import World
+from pipeline.sharded import Shard
 from shards.errors import UserError
 
 WARM_UP_PASSES = 2
@@ -28,6 +29,10 @@ class DDP(Backend):
         )
         super().__init__(world, self.accelerator.prepare_model(model), optimizer, options)
         self._check()
+
+    @property
+    def name(self) -> str:
+        return "ddp"
 
     @property
     def module(self) -> nn.Module:
@@ -53,6 +58,12 @@ class DDP(Backend):
         self.optimizer.zero_grad()
         for buffer, kept in zip(self.module.buffers(), buffers, strict=True):
             buffer.copy_(kept)
+
+    def shards(self) -> list[Shard]:
+        named = [
+            (name, parameter.detach()) for name, parameter in self.module.named_parameters() if parameter.requires_grad
+        ]
+        return [Shard(name, parameter.view(-1), 0, parameter.numel()) for name, parameter in named]
 
     def save_engine(self, directory: Path) -> None:
         engine_files.save(self.module, self.optimizer, directory)

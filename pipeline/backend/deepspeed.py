@@ -1,6 +1,5 @@
-"""DeepSpeed's ZeRO 1 and 2 through Accelerate: optimizer states (and gradients) in partitions, weights whole."""
+"""DeepSpeed's ZeRO through Accelerate: optimizer states (1), gradients (2) and weights (3) in partitions."""
 
-import json
 import shutil
 import sysconfig
 from collections.abc import Sequence
@@ -12,12 +11,13 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
 
+from pipeline.backend import zero
 from pipeline.backend.base import Backend, Criterion, Mixed, StepOptions, Stepped
 from pipeline.backend.ddp import accumulation_plugin
 from pipeline.backend.world import World
+from pipeline.sharded import Shard
 from shards.errors import UserError
 
-STAGES = (1, 2)
 TAG = "engine"
 
 
@@ -39,6 +39,10 @@ class DeepSpeed(Backend):
         self._check(config)
 
     @property
+    def name(self) -> str:
+        return f"zero{self.engine.zero_optimization_stage()}"
+
+    @property
     def module(self) -> nn.Module:
         return self.engine.module
 
@@ -52,6 +56,15 @@ class DeepSpeed(Backend):
         norm = torch.as_tensor(self.engine.get_global_grad_norm())
         return Stepped(torch.stack(losses).mean(), norm)
 
+    def shards(self) -> list[Shard]:
+        return [zero.shard_of(name, parameter, self.engine) for name, parameter in self.trained()]
+
+    def publish(self) -> None:
+        zero.publish(self.engine)
+
+    def num_parameters(self) -> int:
+        return sum(zero.num_elements(parameter) for parameter in self.module.parameters())
+
     def save_engine(self, directory: Path) -> None:
         """DeepSpeed's own pickles: read back only from a committed directory whose hashes match."""
         try:
@@ -63,9 +76,7 @@ class DeepSpeed(Backend):
         self.engine.load_checkpoint(directory, tag=TAG)
 
     def full_weights(self) -> dict[str, Tensor]:
-        if not self.world.is_main:
-            return {}
-        return {name: tensor.detach().cpu() for name, tensor in self.module.state_dict().items()}
+        return zero.full_weights(self.engine)
 
     def close(self) -> None:
         self.engine.destroy()
@@ -82,64 +93,16 @@ class DeepSpeed(Backend):
                 f"ZeRO stage {stage} over {self.world.size} ranks was asked for, but DeepSpeed runs stage "
                 f"{engine.zero_optimization_stage()} over {engine.world_size}: {REMEDY}"
             )
-
-
-REMEDY = "the launch did not reach DeepSpeed; start through ds_configs/zero2_*.yaml"
-
-
-def read_config(path: str, micro_batch: int, world_size: int, options: StepOptions) -> dict:
-    """The DeepSpeed JSON with every "auto" filled from the recipe.
-
-    Raises UserError where the file is missing or no JSON, an "auto" is left, a value contradicts the recipe, or the
-    ZeRO stage is not one of STAGES.
-    """
-    config = _read(path)
-    owned = {
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "train_batch_size": micro_batch * options.accumulation * world_size,
-        "gradient_accumulation_steps": options.accumulation,
-        "gradient_clipping": options.clip_norm,
-    }
-    for key, value in owned.items():
-        if config.setdefault(key, "auto") not in ("auto", value):
+        trained = sum(zero.num_elements(parameter) for _, parameter in self.trained())
+        (held,) = self.world.sum([sum(len(shard.tensor) for shard in self.shards())])
+        if held != trained:
             raise UserError(
-                f'{path}: {key} is {config[key]}, but the recipe makes it {value}: the recipe owns it; write "auto"'
+                f"ZeRO stage {stage} over {self.world.size} ranks was asked for, but together they update {held:.0f} "
+                f"elements of {trained}: not every weight is in one rank's partition; take ds_configs/zero{stage}.json"
             )
-    config |= owned
-    if options.bf16:
-        # Outside autocast would be switched off by the engine; an empty list keeps gradients in fp32 on the wire.
-        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
-    _refuse_auto(config, path)
-    stage = config.get("zero_optimization", {}).get("stage")
-    if stage not in STAGES:
-        raise UserError(
-            f"{path}: zero_optimization.stage is {stage}, but this backend runs {STAGES}: write one of these"
-        )
-    return config
 
 
-def _read(path: str) -> dict:
-    try:
-        return json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise UserError(
-            f"the launch file names the DeepSpeed configuration '{path}', but {Path.cwd()} holds no such file: "
-            "correct deepspeed_config_file there (it is relative to where the launch is started), or take "
-            "ds_configs/zero2.json"
-        ) from None
-    except (json.JSONDecodeError, OSError) as error:
-        raise UserError(f"the DeepSpeed configuration '{path}' cannot be read ({error}): mend the file") from None
-
-
-def _refuse_auto(config: dict, path: str, prefix: str = "") -> None:
-    for key, value in config.items():
-        if value == "auto":
-            raise UserError(
-                f'{path}: {prefix}{key} is "auto", but no recipe field fills it and DeepSpeed would guess: '
-                "write a value, or remove the key"
-            )
-        if isinstance(value, dict):
-            _refuse_auto(value, path, f"{prefix}{key}.")
+REMEDY = "the launch did not reach DeepSpeed; start through ds_configs/zero*.yaml"
 
 
 def _check_toolchain() -> None:

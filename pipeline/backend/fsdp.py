@@ -13,11 +13,16 @@ from pipeline.backend import engine_files
 from pipeline.backend.base import Backend, Criterion, Mixed, Stepped
 from pipeline.backend.ddp import clip
 from pipeline.backend.world import World
+from pipeline.sharded import Shard
 from shards.errors import UserError
 
 
 class FSDP(Backend):
     """Layers are gathered one at a time; gradients are reduced in the last micro-batch's backward pass."""
+
+    @property
+    def name(self) -> str:
+        return "fsdp"
 
     def step(self, criterion: Criterion, batches: Sequence[Mixed]) -> Stepped:
         losses = []
@@ -31,6 +36,9 @@ class FSDP(Backend):
         self.optimizer.zero_grad()
         return Stepped(torch.stack(losses).mean(), cast(DTensor, norm).full_tensor())
 
+    def shards(self) -> list[Shard]:
+        return [_shard(name, cast(DTensor, parameter.detach())) for name, parameter in self.trained()]
+
     def save_engine(self, directory: Path) -> None:
         engine_files.save(self.model, self.optimizer, directory)
 
@@ -42,6 +50,13 @@ class FSDP(Backend):
 
     def close(self) -> None:
         """Nothing outlives the model here."""
+
+
+def _shard(name: str, parameter: DTensor) -> Shard:
+    """Rows of dim 0, which lie one after the other."""
+    (chunk,) = parameter.__create_chunk_list__()
+    row = parameter.numel() // parameter.shape[0]
+    return Shard(name, parameter.to_local().view(-1), chunk.offsets[0] * row, parameter.numel())
 
 
 def shard(world: World, model: nn.Module) -> nn.Module:
