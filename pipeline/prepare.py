@@ -262,13 +262,19 @@ def make_learner(recipe: Recipe, world: World, model: nn.Module, schedule: Warmu
     section = recipe.optimizer
     names = head_names(model)
     make_optimizer = functools.partial(adamw, betas=section.betas, eps=section.eps, weight_decay=section.weight_decay)
-    options = StepOptions(recipe.data.accumulation, section.clip_norm, recipe.runtime.precision == "bf16")
+    options = make_options(recipe)
     micro_batch = recipe.data.global_batch // world.size // recipe.data.accumulation
     backend = wrap(world, model, make_optimizer, micro_batch, options)
     ema = EMA(backend, recipe.ema_decay) if recipe.ema_decay else None
     variants: Variants = {"": nullcontext} | ({"ema_": ema.swap} if ema else {})
     evaluator = Evaluator(backend, names, variants, num_evaluated)
     return Learner(backend, SummedOverHeads(recipe.loss), schedule, ema, evaluator)
+
+
+def make_options(recipe: Recipe) -> StepOptions:
+    runtime = recipe.runtime
+    bf16 = runtime.precision == "bf16"
+    return StepOptions(recipe.data.accumulation, recipe.optimizer.clip_norm, bf16, runtime.fsdp_replicas)
 
 
 def make_deterministic(recipe: Recipe) -> None:

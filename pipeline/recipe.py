@@ -147,6 +147,8 @@ class Runtime:
     """Where to train; auto takes CUDA where there is one."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the forward pass; weights and optimizer states stay fp32."""
+    fsdp_replicas: int = 1
+    """FSDP2: groups of neighbouring ranks that hold a whole model each, in shards; 1 shards it over all ranks."""
     processes: int = 0
     """Refuse to start on another number of ranks than this; 0 takes what the launcher starts."""
     log_every: str = "50 steps"

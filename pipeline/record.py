@@ -32,6 +32,7 @@ MAY_CHANGE = (
     "evaluation.batch",
     "runtime.device",
     "runtime.processes",
+    "runtime.fsdp_replicas",
     "runtime.log_every",
 )
 """Fields that a resumed run may change: they decide how, not what, is computed (the index has its own fingerprint)."""

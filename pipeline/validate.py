@@ -72,6 +72,7 @@ def _range_errors(recipe: Recipe) -> list[str]:
         "augment.image_size",
         "evaluation.batch",
         "checkpoint.keep",
+        "runtime.fsdp_replicas",
     )
     shares = ("augment.hflip", "augment.erasing", "ema_decay")
     rates = ("schedule.lr", "schedule.warmup_lr", "schedule.min_lr", "optimizer.weight_decay", "optimizer.clip_norm")

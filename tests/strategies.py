@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,6 +56,16 @@ def place(world: World, strategy: str, directory: Path) -> World:
     return dataclasses.replace(world, strategy="deepspeed")
 
 
+def half_of(run_dir: Path, world: World) -> Path:
+    """A copy of the run as if it had been killed after the checkpoint in its middle."""
+    copy = run_dir.with_name(f"{run_dir.name}-resumed")
+    if world.is_main:
+        shutil.copytree(run_dir, copy)
+        shutil.rmtree(sorted((copy / "checkpoints").glob("step-*"))[-1])
+    world.barrier()
+    return copy
+
+
 def stop(recipe: Recipe, world: World, after: int) -> None:
     """The recipe's run up to a signal in step number `after`."""
     run = prepare(recipe, world)
@@ -85,7 +96,8 @@ def check_cut(run: Run) -> None:
     if run.learner.backend.name == "ddp" or run.world.size == 1:
         assert sum(held) == total
         return
-    assert sum(held) < 1.2 * total / run.world.size
+    ways = run.world.size // run.recipe.runtime.fsdp_replicas
+    assert sum(held) < 1.2 * total / ways
     assert len({tuple(pieces) for pieces in run.world.gather(held)}) > 1
 
 

@@ -1,12 +1,11 @@
 """One process, DDP, FSDP2 and ZeRO on two: the same training, also after a signal and a resume."""
 
 import dataclasses
-import shutil
 from pathlib import Path
 
 import pytest
 import ranks
-from strategies import ZERO, check_cut, check_reads, place, recipe_of, stop
+from strategies import ZERO, check_cut, check_reads, half_of, place, recipe_of, stop
 
 from pipeline.backend import World, start
 from pipeline.prepare import prepare
@@ -55,16 +54,6 @@ def train_thoroughly(strategy: str, data: Path, root: Path, placed: World) -> No
     assert fit(recipe_of(data, root / f"{strategy}-bf16", STEPS, BF16), placed) == "done"
     if strategy == "fsdp":
         stop(recipe_of(data, root / f"{strategy}-moved", STEPS), placed, STOPPED_AFTER)
-
-
-def half_of(run_dir: Path, world: World) -> Path:
-    """A copy of the run as if it had been killed after the checkpoint in its middle."""
-    copy = run_dir.with_name(f"{run_dir.name}-resumed")
-    if world.is_main:
-        shutil.copytree(run_dir, copy)
-        shutil.rmtree(sorted((copy / "checkpoints").glob("step-*"))[-1])
-    world.barrier()
-    return copy
 
 
 def check_ranks_that_see_the_same_samples(world: World, recipe: Recipe) -> None:

@@ -49,6 +49,7 @@ def refused(start, small, tmp_path):
         (["--model.start", "nosuch.safetensors"], ["nosuch.safetensors"]),
         (["--runtime.device", "cuda"], ["runtime.device is 'cuda'", "no CUDA device", "--runtime.device cpu"]),
         (["--runtime.processes", "4"], ["asks for 4 ranks", "started 1", "--cpu"]),
+        (["--runtime.fsdp-replicas", "2"], ["fsdp_replicas 2", "the launch file asks for ddp", "fsdp_*.yaml"]),
         (["--schedule.warmup", "9 steps"], ["'9 steps' is 9 steps", "'8 steps' is only 8", "warm up less"]),
         (["--schedule.length", "8 weeks"], ["schedule.length", "'8 weeks' is no duration", "'300 epochs'"]),
         (["--data.global-batch", "160"], ["160", "80"]),
@@ -64,6 +65,12 @@ def test_a_global_batch_that_the_world_does_not_divide(refused):
     message = refused(["--data.global-batch", "18", "--data.accumulation", "2"], size=2)
     assert "global batch of 18" in message
     assert "16 or 24" in message  # mixing needs an even micro-batch, so the step is 8
+
+
+def test_replicas_that_do_not_divide_the_ranks(refused):
+    message = refused(["--runtime.fsdp-replicas", "3"], size=2, ACCELERATE_USE_FSDP="true")
+    assert "fsdp_replicas 3 does not divide the 2 ranks" in message
+    assert "give one of [1, 2]" in message
 
 
 def test_a_checkpoint_of_another_model(refused, small, tmp_path):

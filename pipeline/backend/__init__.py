@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 
 from pipeline.backend.base import Backend, Criterion, Mixed, StepOptions, Stepped
 from pipeline.backend.world import World, start
+from shards.errors import UserError
 
 __all__ = ["Backend", "Criterion", "Mixed", "StepOptions", "Stepped", "World", "start", "wrap"]
 
@@ -23,11 +24,12 @@ def wrap(
 
     micro_batch: samples of one forward pass of a rank. Raises UserError where the strategy cannot be had.
     """
+    check_replicas(world, options.replicas)
     model = model.to(world.device)
     if world.strategy == "fsdp":
         from pipeline.backend.fsdp import FSDP, shard
 
-        model = shard(world, model)
+        model = shard(world, model, options.replicas)
         return FSDP(world, model, make_optimizer(model), options)
     if world.strategy == "deepspeed":
         from pipeline.backend.deepspeed import DeepSpeed
@@ -39,3 +41,17 @@ def wrap(
     from pipeline.backend.ddp import DDP
 
     return DDP(world, model, make_optimizer(model), options)
+
+
+def check_replicas(world: World, replicas: int) -> None:
+    if replicas > 1 and world.strategy != "fsdp":
+        raise UserError(
+            f"runtime.fsdp_replicas {replicas} asks for a mesh of FSDP2, but the launch file asks for "
+            f"{world.strategy}: start through ds_configs/fsdp_*.yaml, or leave it at 1"
+        )
+    if world.size % replicas:
+        fitting = [count for count in range(1, world.size + 1) if world.size % count == 0]
+        raise UserError(
+            f"runtime.fsdp_replicas {replicas} does not divide the {world.size} ranks: each replica is a group of "
+            f"equally many ranks that share one copy of the model; give one of {fitting}"
+        )

@@ -25,11 +25,13 @@ class Stepped(NamedTuple):
 
 @dataclass(frozen=True)
 class StepOptions:
-    """Micro-batches a step, the largest gradient norm (0: no clipping), and bf16 autocast of the forward pass."""
+    """Micro-batches a step, the largest gradient norm (0: no clipping), bf16 autocast of the forward pass, and how many
+    groups of ranks hold a whole model each (FSDP2 alone)."""
 
     accumulation: int = 1
     clip_norm: float = 0.0
     bf16: bool = False
+    replicas: int = 1
 
 
 class Backend(ABC):

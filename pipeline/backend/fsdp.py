@@ -6,6 +6,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -54,28 +55,36 @@ class FSDP(Backend):
 
 def _shard(name: str, parameter: DTensor) -> Shard:
     """Rows of dim 0, which lie one after the other."""
-    (chunk,) = parameter.__create_chunk_list__()
+    (chunk,) = parameter.__create_chunk_list__()  # also of (replicate, shard) meshes: where the local rows begin
     row = parameter.numel() // parameter.shape[0]
     return Shard(name, parameter.to_local().view(-1), chunk.offsets[0] * row, parameter.numel())
 
 
-def shard(world: World, model: nn.Module) -> nn.Module:
-    """The model with every layer, and then the rest, sharded over all ranks; before the optimizer is built.
+def shard(world: World, model: nn.Module, replicas: int) -> nn.Module:
+    """The model with every layer, and then the rest, sharded over a replica's ranks; before the optimizer is built.
 
+    Neighbouring ranks make a replica, so that shards travel within a machine and gradients alone between machines.
     Raises UserError where the model's parameters are not what FSDP2 makes of them.
     """
-    mesh = torch.distributed.init_device_mesh(world.device.type, (world.size,))
+    mesh = make_mesh(world, replicas)
     for layer in layers(model):
         fully_shard(layer, mesh=mesh)
     # Without this the root stays gathered after evaluation, and swapped-in averages would not reach it.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
-    plain = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
-    if plain or not isinstance(model, FSDPModule):
+    other = [name for name, parameter in model.named_parameters() if getattr(parameter, "device_mesh", None) != mesh]
+    if other or not isinstance(model, FSDPModule):
         raise UserError(
-            f"FSDP2 over {world.size} ranks was asked for, but {len(plain)} parameters are not sharded "
-            f"(first: {plain[:3]}): this is no model that fully_shard can take; start through ds_configs/ddp_*.yaml"
+            f"FSDP2 over {world.size} ranks was asked for, but {len(other)} parameters are not sharded "
+            f"(first: {other[:3]}): this is no model that fully_shard can take; start through ds_configs/ddp_*.yaml"
         )
     return model
+
+
+def make_mesh(world: World, replicas: int) -> DeviceMesh:
+    if replicas == 1:
+        return init_device_mesh(world.device.type, (world.size,))
+    shape, names = (replicas, world.size // replicas), ("replicate", "shard")
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=names)
 
 
 def layers(model: nn.Module) -> list[nn.Module]:
