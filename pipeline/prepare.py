@@ -24,6 +24,7 @@ from pipeline.data.loading import Loading, serve_workers
 from pipeline.data.quarantine import Quarantine
 from pipeline.data.samples import Samples
 from pipeline.data.stream import TrainStream
+from pipeline.divergence import Skips
 from pipeline.ema import EMA
 from pipeline.evaluate import Evaluator, Variants, head_names
 from pipeline.loss import SummedOverHeads
@@ -100,6 +101,7 @@ class Run:
     checkpoints: Checkpoints
     record: Record
     quarantine: Quarantine
+    skips: Skips
     progress: Progress = field(default_factory=Progress)
 
     @property
@@ -134,7 +136,8 @@ def prepare(recipe: Recipe, world: World) -> Run:
     record = Record(run_dir, world.is_main, recipe.data.global_batch)
     budget = Budget(recipe.data.max_bad).allows(given.stream.plan.num_samples)
     quarantine = Quarantine(run_dir, world, recipe.data.train, budget)
-    run = Run(recipe, world, durations, given, learner, checkpoints, record, quarantine)
+    skips = Skips(run_dir, world, recipe.runtime.max_skipped)
+    run = Run(recipe, world, durations, given, learner, checkpoints, record, quarantine, skips)
     begin(run, newest)
     if world.is_main:
         keep_recipe(run_dir, recipe)
@@ -148,6 +151,7 @@ def begin(run: Run, newest: Path | None) -> None:
     if newest is not None:
         restore(run, newest)
     run.quarantine.resume(run.progress.start)
+    run.skips.resume(run.progress.start)
     run.learner.backend.warm_up(run.learner.criterion, _blank(run))
 
 
@@ -272,9 +276,9 @@ def make_learner(recipe: Recipe, world: World, model: nn.Module, schedule: Warmu
 
 
 def make_options(recipe: Recipe) -> StepOptions:
-    runtime = recipe.runtime
-    bf16 = runtime.precision == "bf16"
-    return StepOptions(recipe.data.accumulation, recipe.optimizer.clip_norm, bf16, runtime.fsdp_replicas)
+    runtime, clip_norm = recipe.runtime, recipe.optimizer.clip_norm
+    layers = runtime.compile, runtime.activation_checkpointing
+    return StepOptions(recipe.data.accumulation, clip_norm, runtime.precision, runtime.fsdp_replicas, *layers)
 
 
 def make_deterministic(recipe: Recipe) -> None:

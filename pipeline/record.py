@@ -32,7 +32,10 @@ MAY_CHANGE = (
     "evaluation.batch",
     "runtime.device",
     "runtime.processes",
+    "runtime.max_skipped",
     "runtime.fsdp_replicas",
+    "runtime.compile",
+    "runtime.activation_checkpointing",
     "runtime.log_every",
 )
 """Fields that a resumed run may change: they decide how, not what, is computed (the index has its own fingerprint)."""

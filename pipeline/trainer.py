@@ -3,7 +3,6 @@
 A checkpoint of a step is taken before the evaluation of that step; a run that resumes there evaluates first.
 """
 
-import math
 import os
 import sys
 import traceback
@@ -74,21 +73,18 @@ def train(run: Run) -> str:
             run.quarantine.note(micro_batches, step + 1)
             learner.backend.set_lr(learner.schedule(step))
             stepped = learner.backend.step(learner.criterion, [run.input.augment(batch) for batch in micro_batches])
-            if learner.ema:
-                learner.ema.update()
             done = step + 1
+            run.skips.note(done, stepped, micro_batches)
+            if learner.ema and stepped.applied:
+                learner.ema.update()
             run.record.step(done)
-            if due(done, every.log, total):
+            if due(done, every.log, total) and stepped.applied:
                 log(run, done, stepped)
-            stopping = run.quarantine.poll()
-            saving, evaluating = due(done, every.save, total), due(done, every.evaluate, total)
-            if stopping or saving or evaluating:
-                finite_loss(run, done, stepped)
-            if stopping:
+            if run.quarantine.poll():
                 return stop(run, done)
-            if saving:
+            if due(done, every.save, total):
                 save(run, done)
-            if evaluating and not evaluate(run, done):
+            if due(done, every.evaluate, total) and not evaluate(run, done):
                 return stop(run, done)
         return finish(run)
 
@@ -99,29 +95,14 @@ def due(step: int, every: int, total: int) -> bool:
 
 
 def log(run: Run, done: int, stepped: Stepped) -> None:
-    """One line of metrics. Raises UserError as `finite_loss`."""
+    """One line of metrics, with the mean loss over the global batch."""
     values = {
         "epoch": done / run.input.stream.plan.batches_per_epoch,
-        "loss": finite_loss(run, done, stepped),
+        "loss": run.world.sum([stepped.loss.item()])[0] / run.world.size,
         "lr": run.learner.schedule(done - 1),
         "grad_norm": stepped.grad_norm.item(),
     }
     run.record.metrics(done, values)
-
-
-def finite_loss(run: Run, done: int, stepped: Stepped) -> float:
-    """The mean loss over the global batch of the step that was done last, the same on every rank.
-
-    Raises UserError where it or the gradient norm is not finite: the weights are lost then, and must not be saved.
-    """
-    loss, norm = run.world.sum([stepped.loss.item()])[0] / run.world.size, stepped.grad_norm.item()
-    if math.isfinite(loss) and math.isfinite(norm):
-        return loss
-    raise UserError(
-        f"the loss is {loss} and the gradient norm {norm} at step {done} (learning rate "
-        f"{run.learner.schedule(done - 1):.3g}): training has diverged; the checkpoints before it hold finite weights: "
-        "lower --schedule.lr, lengthen --schedule.warmup or clip harder, in a new --run-dir"
-    )
 
 
 def evaluate(run: Run, done: int) -> bool:
@@ -138,8 +119,9 @@ def evaluate(run: Run, done: int) -> bool:
 
 
 def save(run: Run, done: int) -> None:
-    """Commits a checkpoint of `done` steps, unless there is one."""
-    if run.progress.saved == done:
+    """Commits a checkpoint of `done` steps, unless there is one, or the last step was skipped: where training has
+    diverged, sound checkpoints would be pruned for useless ones."""
+    if done in (run.progress.saved, run.skips.latest):
         return
     run.record.flush()
     state = {

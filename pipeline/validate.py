@@ -76,7 +76,8 @@ def _range_errors(recipe: Recipe) -> list[str]:
     )
     shares = ("augment.hflip", "augment.erasing", "ema_decay")
     rates = ("schedule.lr", "schedule.warmup_lr", "schedule.min_lr", "optimizer.weight_decay", "optimizer.clip_norm")
-    counts = ("data.workers", "data.runs", "runtime.processes", "augment.randaugment_ops")
+    runtime = ("runtime.processes", "runtime.activation_checkpointing", "runtime.max_skipped")
+    counts = ("data.workers", "data.runs", "augment.randaugment_ops", *runtime)
     limits = [
         *((name, 1, float("inf")) for name in positive),
         *((name, 0, 1) for name in shares),

@@ -1,6 +1,7 @@
 """Runs of one small recipe under every strategy, in this process and its fellows."""
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from pipeline import sharded
 from pipeline.backend import World
+from pipeline.backend.base import skipped
 from pipeline.loss import SummedOverHeads
 from pipeline.prepare import Run, prepare
 from pipeline.recipe import Recipe, parse
@@ -66,27 +68,80 @@ def half_of(run_dir: Path, world: World) -> Path:
     return copy
 
 
-def stop(recipe: Recipe, world: World, after: int) -> None:
-    """The recipe's run up to a signal in step number `after`."""
+class Whole(SummedOverHeads):
+    """The recipe's criterion, for a run that goes on from where it stands."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run.recipe.loss)
+        self.accumulation = run.recipe.data.accumulation
+        self.calls = itertools.count(run.progress.start * self.accumulation)
+
+
+class Injured(Whole):
+    """On the last rank the loss goes wrong as INJURIES say."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        self.hit = run.world.rank == run.world.size - 1
+
+    def __call__(self, outputs, targets):
+        loss = super().__call__(outputs, targets)
+        step, position = divmod(next(self.calls), self.accumulation)
+        micro_batch, injury = INJURIES.get(step + 1, (0, None))
+        if injury is None or position != micro_batch % self.accumulation:
+            return loss
+        self.calls = itertools.count((step + 1) * self.accumulation)  # the rest of the step is not asked for
+        return injury(loss) if self.hit else loss
+
+
+def bad_gradient(loss: torch.Tensor) -> torch.Tensor:
+    """The loss as it is, with a gradient that is no number."""
+    return loss + 0 * torch.sqrt(loss - loss.detach())
+
+
+INJURIES = {3: (-1, lambda loss: loss * float("nan")), 5: (0, lambda loss: loss / 0), 7: (-1, bad_gradient)}
+"""Step -> which of its micro-batches, and what becomes of the loss: as many as runtime.max_skipped allows."""
+
+
+def stop(recipe: Recipe, world: World, after: int, kind: type[Whole]) -> None:
+    """The recipe's run up to a SIGTERM, as from a scheduler, that rank 0 gets in the middle of step number `after`."""
     run = prepare(recipe, world)
-    learner = dataclasses.replace(run.learner, criterion=SignalledAt(after, recipe, world))
+    criterion, calls = kind(run), itertools.count(1)
+
+    def signalled(outputs, targets):
+        if world.is_main and next(calls) == after * recipe.data.accumulation:
+            signal.raise_signal(signal.SIGTERM)
+        return criterion(outputs, targets)
+
+    learner = dataclasses.replace(run.learner, criterion=signalled)
     assert train(dataclasses.replace(run, learner=learner)) == "requeue"
     run.learner.backend.close()
     world.stop.raised = False
 
 
-class SignalledAt(SummedOverHeads):
-    """The recipe's criterion, in the middle of whose step number `step` rank 0 gets a SIGTERM, as from a scheduler."""
+def fit_injured(recipe: Recipe, world: World) -> None:
+    run = prepare(recipe, world)
+    train_injured(run)
+    run.learner.backend.close()
 
-    def __init__(self, step: int, recipe: Recipe, world: World) -> None:
-        super().__init__(recipe.loss)
-        self.calls = step * recipe.data.accumulation if world.is_main else 0
 
-    def __call__(self, outputs, targets):
-        self.calls -= 1
-        if self.calls == 0:
-            signal.raise_signal(signal.SIGTERM)
-        return super().__call__(outputs, targets)
+def train_injured(run: Run) -> None:
+    """To the end, through INJURIES."""
+    learner = dataclasses.replace(run.learner, criterion=Injured(run))
+    assert train(dataclasses.replace(run, learner=learner)) == "done"
+
+
+def fit_without(recipe: Recipe, world: World) -> None:
+    """What an injured run must come to: in the steps of INJURIES nothing at all is done."""
+    run = prepare(recipe, world)
+    step, count = run.learner.backend.step, itertools.count(1)
+
+    def leave_out(criterion, batches):
+        return skipped([torch.tensor(0.0)]) if next(count) in INJURIES else step(criterion, batches)
+
+    run.learner.backend.step = leave_out
+    assert train(run) == "done"
+    run.learner.backend.close()
 
 
 def check_cut(run: Run) -> None:

@@ -91,6 +91,7 @@ def test_a_deepspeed_configuration_that_is_not_there(refused):
     ("changes", "part"),
     [
         ({"gradient_clipping": 3.0}, "gradient_clipping is 3.0, but the recipe makes it 1.0"),
+        ({"bf16": {"enabled": True}}, "bf16 is given, but the recipe makes the precision fp32: the recipe owns it"),
         ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage is 0, but this backend runs (1, 2, 3)"),
         (
             {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
@@ -104,6 +105,14 @@ def test_a_deepspeed_configuration_that_contradicts(refused, tmp_path, changes, 
     (tmp_path / "zero.json").write_text(json.dumps(config))
     environment = JSON | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "zero.json")}
     assert part in refused([], size=2, **environment)
+
+
+def test_what_zero_3_cannot_compile(refused, tmp_path):
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 3}}')
+    environment = JSON | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "zero.json")}
+    message = refused(["--runtime.compile", "aot_eager"], size=2, **environment)
+    assert "runtime.compile aot_eager cannot be had under ZeRO stage 3" in message
+    assert "fsdp_*.yaml" in message
 
 
 def test_resuming_with_another_recipe_shows_both_values(start, small, tmp_path):
@@ -163,6 +172,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(start, small
     options += ["--schedule.lr", "1e30", "--runtime.log-every", "100%"]  # a check at logged steps would come too late
     ended = start("recipes/pretrain_21k.py", options).wait()
     assert ended.codes == [2], ended.outputs
+    assert "number 4 of the steps that had to be skipped, and runtime.max_skipped allows 3" in ended.outputs[0]
     assert "training has diverged" in ended.outputs[0]
+    assert len((tmp_path / "run" / "skipped.jsonl").read_text().splitlines()) == 4
     assert json.loads((tmp_path / "run" / "outcome.json").read_text())["outcome"] == "error"
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-00000002"

@@ -1,7 +1,5 @@
 """DeepSpeed's ZeRO through Accelerate: optimizer states (1), gradients (2) and weights (3) in partitions."""
 
-import shutil
-import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,8 +10,10 @@ from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
 
 from pipeline.backend import zero
-from pipeline.backend.base import Backend, Criterion, Mixed, StepOptions, Stepped
+from pipeline.backend.base import Backend, Criterion, Mixed, StepOptions, Stepped, skipped
 from pipeline.backend.ddp import accumulation_plugin
+from pipeline.backend.layers import cast_inputs
+from pipeline.backend.toolchain import check_toolchain
 from pipeline.backend.world import World
 from pipeline.sharded import Shard
 from shards.errors import UserError
@@ -28,12 +28,14 @@ class DeepSpeed(Backend):
         self, world: World, model: nn.Module, optimizer: torch.optim.Optimizer, options: StepOptions, config: dict
     ) -> None:
         if world.device.type == "cpu":
-            _check_toolchain()
+            check_toolchain("DeepSpeed", ("g++", "ninja"))
         self.accelerator = Accelerator(
             deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config),
             mixed_precision="no",
             gradient_accumulation_plugin=accumulation_plugin(options.accumulation),
         )
+        if options.precision == "bf16-pure":
+            cast_inputs(model, torch.bfloat16)
         self.engine, wrapped = self.accelerator.prepare(model, optimizer)
         super().__init__(world, self.engine, wrapped.optimizer, options)
         self._check(config)
@@ -47,14 +49,19 @@ class DeepSpeed(Backend):
         return self.engine.module
 
     def step(self, criterion: Criterion, batches: Sequence[Mixed]) -> Stepped:
-        losses = []
+        losses: list[Tensor] = []
         for batch in batches:
             with self.accelerator.accumulate(self.model):
                 loss = self.forward_loss(criterion, batch)
-                self.accelerator.backward(loss)
-            losses.append(loss.detach())
+                losses.append(loss.detach())
+                finite = self.agreed_finite(loss)
+                if finite:
+                    self.accelerator.backward(loss)
+            if not finite:
+                self._drop(loss, summed=len(losses) > 1)
+                return skipped(losses)
         norm = torch.as_tensor(self.engine.get_global_grad_norm())
-        return Stepped(torch.stack(losses).mean(), norm)
+        return Stepped(torch.stack(losses).mean(), norm, self.engine.was_step_applied())
 
     def shards(self) -> list[Shard]:
         return [zero.shard_of(name, parameter, self.engine) for name, parameter in self.trained()]
@@ -79,9 +86,18 @@ class DeepSpeed(Backend):
         return zero.full_weights(self.engine)
 
     def close(self) -> None:
+        super().close()
         self.engine.destroy()
         self.accelerator.free_memory()
         AcceleratorState._reset_state()
+
+    def _drop(self, loss: Tensor, summed: bool) -> None:
+        """Forgets what earlier micro-batches summed: on every rank the engine is made to see that they are not finite,
+        and to do as it does then."""
+        if summed:
+            self.accelerator.deepspeed_engine_wrapped.backward(loss * float("nan"), sync_gradients=True)
+            assert not self.engine.was_step_applied(), "DeepSpeed applied gradients that are not finite"
+        self.accelerator.step = 0  # the next step begins with its first micro-batch
 
     def _check(self, config: dict) -> None:
         stage = config["zero_optimization"]["stage"]
@@ -103,15 +119,3 @@ class DeepSpeed(Backend):
 
 
 REMEDY = "the launch did not reach DeepSpeed; start through ds_configs/zero*.yaml"
-
-
-def _check_toolchain() -> None:
-    """On the CPU, DeepSpeed compiles its communication kernel at first use."""
-    header = Path(sysconfig.get_path("include")) / "Python.h"
-    missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
-    missing += [] if header.exists() else [str(header)]
-    if missing:
-        raise UserError(
-            f"DeepSpeed compiles a kernel at first use, but {', '.join(missing)} is missing: install g++, the Python "
-            "headers (Debian: g++ python3-dev) and ninja (pip install ninja), and put ninja on PATH"
-        )

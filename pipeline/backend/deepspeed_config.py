@@ -13,7 +13,7 @@ def read_config(path: str, micro_batch: int, world_size: int, options: StepOptio
     """The DeepSpeed JSON with every "auto" filled from the recipe.
 
     Raises UserError where the file is missing or no JSON, an "auto" is left, a value contradicts the recipe, the ZeRO
-    stage is not one of STAGES, or something is offloaded to NVMe.
+    stage is not one of STAGES or cannot do what the recipe asks for, or something is offloaded to NVMe.
     """
     config = _read(path)
     owned = {
@@ -27,12 +27,15 @@ def read_config(path: str, micro_batch: int, world_size: int, options: StepOptio
             raise UserError(
                 f'{path}: {key} is {config[key]}, but the recipe makes it {value}: the recipe owns it; write "auto"'
             )
-    config |= owned
-    if options.bf16:
-        # Outside autocast would be switched off by the engine; an empty list keeps gradients in fp32 on the wire.
-        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    config |= owned | _arithmetic(config, options.precision, path)
     _refuse_auto(config, path)
     _check_zero(config.get("zero_optimization", {}), path)
+    if config["zero_optimization"]["stage"] == 3 and options.compiler != "off":
+        raise UserError(
+            f"runtime.compile {options.compiler} cannot be had under ZeRO stage 3 ({path}): it gathers weights where a "
+            "layer touches them, which the compiler does not see; start through ds_configs/fsdp_*.yaml, which shards "
+            "weights as well, or leave compile off"
+        )
     return config
 
 
@@ -47,6 +50,22 @@ def _read(path: str) -> dict:
         ) from None
     except (json.JSONDecodeError, OSError) as error:
         raise UserError(f"the DeepSpeed configuration '{path}' cannot be read ({error}): mend the file") from None
+
+
+def _arithmetic(config: dict, precision: str, path: str) -> dict:
+    """What the recipe's runtime.precision is in DeepSpeed's words."""
+    given = [key for key in ("bf16", "fp16", "torch_autocast", "data_types") if key in config]
+    if given:
+        raise UserError(
+            f"{path}: {given[0]} is given, but the recipe makes the precision {precision}: the recipe owns it; remove "
+            "the section, and set --runtime.precision"
+        )
+    if precision == "bf16":
+        # Outside autocast would be switched off by the engine; an empty list keeps gradients in fp32 on the wire.
+        return {"torch_autocast": {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}}
+    if precision == "bf16-pure":
+        return {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    return {}
 
 
 def _check_zero(section: dict, path: str) -> None:

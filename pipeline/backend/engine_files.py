@@ -14,14 +14,15 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 
-def save(model: nn.Module, optimizer: Optimizer, directory: Path) -> None:
+def save(model: nn.Module, optimizer: Optimizer, directory: Path, more: dict[str, Tensor]) -> None:
     weights, states = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": states}, checkpoint_id=directory)
+    dcp.save({"model": weights, "optimizer": states, "more": more}, checkpoint_id=directory)
 
 
-def load(model: nn.Module, optimizer: Optimizer, directory: Path) -> None:
+def load(model: nn.Module, optimizer: Optimizer, directory: Path, more: dict[str, Tensor]) -> None:
+    """`more` is loaded in place."""
     weights, states = get_state_dict(model, optimizer)
-    state: dict[str, Any] = {"model": weights, "optimizer": states}
+    state: dict[str, Any] = {"model": weights, "optimizer": states, "more": more}
     dcp.load(state, checkpoint_id=directory)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 

@@ -32,14 +32,16 @@ def publish(engine: Any) -> None:
 
 
 def full_weights(engine: Any) -> dict[str, Tensor]:
-    """The whole model on the CPU of rank 0, gathered one parameter at a time; {} elsewhere."""
+    """The whole model on the CPU of rank 0, its fp32 weights gathered one at a time; {} elsewhere."""
     from deepspeed.runtime.zero import GatheredParameters  # not above: DeepSpeed speaks when it is imported
+    from deepspeed.utils import safe_get_full_fp32_param
 
     found = {}
     for name, tensor in engine.module.state_dict(keep_vars=True).items():
         with GatheredParameters(tensor, enabled=hasattr(tensor, "ds_id")):
+            whole = safe_get_full_fp32_param(tensor) if tensor.requires_grad else tensor
             if engine.global_rank == 0:
-                found[name] = tensor.detach().cpu().clone()
+                found[name] = whole.detach().cpu().clone()
     return found
 
 
