@@ -1,34 +1,46 @@
-"""Exponential moving average of the weights, kept shard by shard beside the parameters it follows."""
+"""Exponential moving average of the weights, kept piece by piece beside what the optimizer updates."""
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from pipeline.sharded import Shard
+
+
+class Engine(Protocol):
+    """The part of a Backend that is needed here."""
+
+    def shards(self) -> list[Shard]: ...
+    def publish(self) -> None: ...
 
 
 class EMA:
     """average <- decay * average + (1 - decay) * weights, after every optimizer step; the first update copies.
 
-    parameters: name -> tensor that shares the parameter's storage, whole or a DTensor. Nothing is ever gathered.
+    Each rank averages the pieces that it holds of the fp32 weights. Nothing is ever gathered.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
-        self.parameters = dict(parameters)
-        self.averages = {name: torch.zeros_like(parameter) for name, parameter in self.parameters.items()}
+    def __init__(self, engine: Engine, decay: float) -> None:
+        self.engine = engine
+        self.shards = [
+            dataclasses.replace(shard, tensor=torch.zeros_like(shard.tensor)) for shard in self.engine.shards()
+        ]
         self.num_updates = 0
         self.swapped = False
         self._average = get_ema_multi_avg_fn(decay)
 
     @torch.no_grad()
     def update(self) -> None:
-        averages, parameters = _local(self.averages), _local(self.parameters)
+        averages, weights = self._pairs()
         if self.num_updates == 0:
-            torch._foreach_copy_(averages, parameters)
+            torch._foreach_copy_(averages, weights)
         else:
-            self._average(averages, parameters, self.num_updates)
+            self._average(averages, weights, self.num_updates)
         self.num_updates += 1
 
     @contextmanager
@@ -42,18 +54,22 @@ class EMA:
             self._exchange()
             self.swapped = False
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> list[Shard]:
         """The averages to save, or to load into in place; never while they are swapped into the model."""
         assert not self.swapped, "the average is swapped into the model: what is called average now are raw weights"
-        return self.averages
+        return self.shards
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        for average, parameter in zip(_local(self.averages), _local(self.parameters), strict=True):
+        for average, weight in zip(*self._pairs(), strict=True):
             kept = average.clone()
-            average.copy_(parameter)
-            parameter.copy_(kept)
+            average.copy_(weight)
+            weight.copy_(kept)
+        self.engine.publish()
 
-
-def _local(tensors: Mapping[str, Tensor]) -> list[Tensor]:
-    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors.values()]
+    def _pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The averages that this rank holds, and the weights that they follow."""
+        weights = self.engine.shards()
+        return [shard.tensor for shard in self.shards if len(shard.tensor)], [
+            shard.tensor for shard in weights if len(shard.tensor)
+        ]

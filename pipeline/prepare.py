@@ -23,6 +23,7 @@ from pipeline.data.loading import Loading, serve_workers
 from pipeline.data.quarantine import Quarantine
 from pipeline.data.samples import Samples
 from pipeline.data.stream import TrainStream
+from pipeline.divergence import Skips
 from pipeline.ema import EMA
 from pipeline.evaluate import Evaluator, Variants, head_names
 from pipeline.loss import SummedOverHeads
@@ -30,6 +31,7 @@ from pipeline.models.build import give_start, make_model
 from pipeline.optim import WarmupCosine
 from pipeline.recipe import Recipe
 from pipeline.record import Record, check_same_recipe, check_writable, code_version, keep_recipe, kept_metrics
+from pipeline.sharded import Shard
 from pipeline.validate import num_steps, validate
 from shards.budget import Budget
 from shards.errors import UserError
@@ -68,8 +70,8 @@ class Learner:
     ema: EMA | None
     evaluator: Evaluator
 
-    def averages(self) -> dict[str, Tensor]:
-        return self.ema.state() if self.ema else {}
+    def averages(self) -> list[Shard]:
+        return self.ema.state() if self.ema else []
 
 
 @dataclass
@@ -101,6 +103,7 @@ class Run:
     checkpoints: Checkpoints
     record: Record
     quarantine: Quarantine
+    skips: Skips
     best: Best
     progress: Progress = field(default_factory=Progress)
 
@@ -146,7 +149,8 @@ def prepare(recipe: Recipe, world: World) -> Run:
     quarantine = Quarantine(run_dir, world, recipe.data.train, budget)
     kept = kept_metrics(run_dir, read_state(newest)["step"] if newest else 0) if world.is_main else []
     best = Best.of(learner.evaluator.head_names, world.from_main(kept))
-    run = Run(recipe, world, durations, given, learner, checkpoints, record, quarantine, best)
+    skips = Skips(run_dir, world, recipe.runtime.max_skipped)
+    run = Run(recipe, world, durations, given, learner, checkpoints, record, quarantine, skips, best)
     begin(run, newest)
     if world.is_main:
         keep_recipe(run_dir, recipe)
@@ -160,20 +164,22 @@ def begin(run: Run, newest: Path | None) -> None:
     if newest is not None:
         restore(run, newest)
     run.quarantine.resume(run.progress.start)
+    run.skips.resume(run.progress.start)
     run.learner.backend.warm_up(run.learner.criterion, _blank(run))
 
 
 def restore(run: Run, path: Path) -> None:
     """Raises UserError where the checkpoint is of other data, or of a launch that this one cannot take over: DDP and
-    FSDP2 read each other's on any world, ZeRO its own."""
-    state, world = read_state(path), run.world
+    FSDP2 read each other's on any world, ZeRO its own stage's."""
+    state, world, strategy = read_state(path), run.world, run.learner.backend.name
     run.input.stream.check_state(state["data"], path)
     moved = state["world"] != world.size
-    if (state["strategy"] == "deepspeed") != (world.strategy == "deepspeed"):
+    zero = "zero" in strategy or "zero" in state["strategy"]
+    if zero and strategy != state["strategy"]:
         raise UserError(
             f"{path} was saved by {state['world']} ranks of {state['strategy']}, and cannot be continued by "
-            f"{world.size} ranks of {world.strategy}: DeepSpeed's files fit DeepSpeed alone; start it with the launch "
-            "file that it began with (on any number of ranks), or begin anew in another --run-dir"
+            f"{world.size} ranks of {strategy}: DeepSpeed's files fit the same ZeRO stage alone; start it with the "
+            "launch file that it began with (on any number of ranks), or begin anew in another --run-dir"
         )
     run.checkpoints.load(path, run.learner.backend, run.learner.averages())
     run.progress.start = run.progress.saved = state["step"]
@@ -246,13 +252,19 @@ def make_learner(recipe: Recipe, world: World, model: nn.Module, schedule: Warmu
     names = head_names(model)
     groups = optim.group(model, section.layer_decay)
     make_optimizer = functools.partial(optim.make_optimizer, section=section, groups=groups)
-    options = StepOptions(recipe.data.accumulation, section.clip_norm, recipe.runtime.precision == "bf16")
+    options = make_options(recipe)
     micro_batch = recipe.data.global_batch // world.size // recipe.data.accumulation
     backend = wrap(world, model, make_optimizer, micro_batch, options)
-    ema = EMA(backend.parameters(), recipe.ema_decay) if recipe.ema_decay else None
+    ema = EMA(backend, recipe.ema_decay) if recipe.ema_decay else None
     variants: Variants = {"": nullcontext} | ({"ema_": ema.swap} if ema else {})
     evaluator = Evaluator(backend, names, variants, num_evaluated)
     return Learner(backend, SummedOverHeads(recipe.loss), schedule, ema, evaluator)
+
+
+def make_options(recipe: Recipe) -> StepOptions:
+    runtime, clip_norm = recipe.runtime, recipe.optimizer.clip_norm
+    layers = runtime.compile, runtime.activation_checkpointing
+    return StepOptions(recipe.data.accumulation, clip_norm, runtime.precision, runtime.fsdp_replicas, *layers)
 
 
 def make_deterministic(recipe: Recipe) -> None:

@@ -211,8 +211,17 @@ class Checkpoint:
 class Runtime:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes CUDA where there is one."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the forward pass; weights and optimizer states stay fp32."""
+    precision: Literal["fp32", "bf16", "bf16-pure", "fp16"] = "fp32"
+    """Arithmetic of the forward pass: bf16 by autocast; bf16-pure with bf16 weights beside their fp32 masters; fp16 by
+    autocast with a scaled loss, under DDP alone. What the optimizer updates, and its states, are fp32 always."""
+    compile: Literal["off", "aot_eager", "inductor"] = "off"
+    """torch.compile's backend, for each layer alone."""
+    activation_checkpointing: int = 0
+    """Every how-manieth layer drops its activations, and computes them again in the backward pass; 0 keeps all."""
+    max_skipped: int = 3
+    """Steps of the run that may be skipped, because a loss or the gradient norm is not finite, before it stops."""
+    fsdp_replicas: int = 1
+    """FSDP2: groups of neighbouring ranks that hold a whole model each, in shards; 1 shards it over all ranks."""
     processes: int = 0
     """Refuse to start on another number of ranks than this; 0 takes what the launcher starts."""
     log_every: str = "50 steps"

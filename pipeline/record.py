@@ -23,18 +23,10 @@ METRICS = "metrics.jsonl"
 OUTCOME = "outcome.json"
 RECIPE = "recipe.json"
 MAY_CHANGE = (
-    "run_dir",
-    "checkpoint.",
-    "data.path",
-    "data.remote",
-    "data.cache",
-    "data.workers",
-    "data.max_bad",
-    "data.accumulation",
-    "evaluation.batch",
-    "runtime.device",
-    "runtime.processes",
-    "runtime.log_every",
+    *("run_dir", "checkpoint.", "evaluation.batch"),
+    *("data.path", "data.remote", "data.cache", "data.workers", "data.max_bad", "data.accumulation"),
+    *("runtime.device", "runtime.processes", "runtime.max_skipped", "runtime.log_every"),
+    *("runtime.fsdp_replicas", "runtime.compile", "runtime.activation_checkpointing"),
 )
 """Fields that a resumed run may change: they decide how, not what, is computed (the index has its own fingerprint)."""
 

@@ -4,7 +4,6 @@ A checkpoint of a step is taken before the evaluation of that step; a run that r
 """
 
 import json
-import math
 import os
 import sys
 import time
@@ -52,14 +51,14 @@ def fit(recipe: Recipe, world: World) -> str:
 
 def describe(run: Run) -> str:
     """What is trained, where, on how much, in which order, and from where on."""
-    recipe, world, plan = run.recipe, run.world, run.input.stream.plan
-    parameters = sum(parameter.numel() for parameter in run.learner.backend.module.parameters())
+    recipe, world, plan, backend = run.recipe, run.world, run.input.stream.plan, run.learner.backend
     share = plan.global_batch // world.size // recipe.data.accumulation
     return (
-        f"{recipe.model.name}: {parameters / 1e6:.2f} M parameters in {recipe.runtime.precision}, {world.strategy} on "
-        f"{world.size} x {world.device.type}; {plan.num_samples:,} samples; a step takes {plan.global_batch} = "
-        f"{world.size} ranks x {recipe.data.accumulation} micro-batches x {share}; steps {run.progress.start} to "
-        f"{run.durations.total}, {plan.batches_per_epoch} an epoch\n{run.input.stream.describe()}"
+        f"{recipe.model.name}: {backend.num_parameters() / 1e6:.2f} M parameters in {recipe.runtime.precision}, "
+        f"{backend.name} on {world.size} x {world.device.type}; {plan.num_samples:,} samples; a step takes "
+        f"{plan.global_batch} = {world.size} ranks x {recipe.data.accumulation} micro-batches x {share}; steps "
+        f"{run.progress.start} to {run.durations.total}, {plan.batches_per_epoch} an epoch\n"
+        f"{run.input.stream.describe()}"
         + ("" if recipe.augment.decode == "exact" or has_crop_decode() else f"\n{WHOLE_IMAGES}")
     )
 
@@ -78,21 +77,18 @@ def train(run: Run) -> str:
             run.quarantine.note(micro_batches, step + 1)
             learner.backend.set_lr(learner.schedule(step))
             stepped = learner.backend.step(learner.criterion, [run.input.augment(batch) for batch in micro_batches])
-            if learner.ema:
-                learner.ema.update()
             done = step + 1
+            run.skips.note(done, stepped, micro_batches)
+            if learner.ema and stepped.applied:
+                learner.ema.update()
             run.record.step(done)
-            if due(done, every.log, total):
+            if due(done, every.log, total) and stepped.applied:
                 log(run, done, stepped)
-            stopping = run.quarantine.poll()
-            saving, evaluating = due(done, every.save, total), due(done, every.evaluate, total)
-            if stopping or saving or evaluating:
-                finite_loss(run, done, stepped)
-            if stopping:
+            if run.quarantine.poll():
                 return stop(run, done)
-            if saving:
+            if due(done, every.save, total):
                 save(run, done)
-            if evaluating and not evaluate(run, done):
+            if due(done, every.evaluate, total) and not evaluate(run, done):
                 return stop(run, done)
         return finish(run)
 
@@ -103,29 +99,14 @@ def due(step: int, every: int, total: int) -> bool:
 
 
 def log(run: Run, done: int, stepped: Stepped) -> None:
-    """One line of metrics. Raises UserError as `finite_loss`."""
+    """One line of metrics, with the mean loss over the global batch."""
     values = {
         "epoch": done / run.input.stream.plan.batches_per_epoch,
-        "loss": finite_loss(run, done, stepped),
+        "loss": run.world.sum([stepped.loss.item()])[0] / run.world.size,
         "lr": run.learner.schedule(done - 1),
         "grad_norm": stepped.grad_norm.item(),
     }
     run.record.metrics(done, values)
-
-
-def finite_loss(run: Run, done: int, stepped: Stepped) -> float:
-    """The mean loss over the global batch of the step that was done last, the same on every rank.
-
-    Raises UserError where it or the gradient norm is not finite: the weights are lost then, and must not be saved.
-    """
-    loss, norm = run.world.sum([stepped.loss.item()])[0] / run.world.size, stepped.grad_norm.item()
-    if math.isfinite(loss) and math.isfinite(norm):
-        return loss
-    raise UserError(
-        f"the loss is {loss} and the gradient norm {norm} at step {done} (learning rate "
-        f"{run.learner.schedule(done - 1):.3g}): training has diverged; the checkpoints before it hold finite weights: "
-        "lower --schedule.lr, lengthen --schedule.warmup or clip harder, in a new --run-dir"
-    )
 
 
 def evaluate(run: Run, done: int) -> bool:
@@ -146,8 +127,9 @@ def evaluate(run: Run, done: int) -> bool:
 
 
 def save(run: Run, done: int) -> None:
-    """Saves a checkpoint of `done` steps, unless there is one; it may be committed behind the steps that follow."""
-    if run.progress.saved == done:
+    """Saves a checkpoint of `done` steps, unless there is one, or the last step was skipped: where training has
+    diverged, sound checkpoints would be pruned for useless ones. It may be committed behind the steps that follow."""
+    if done in (run.progress.saved, run.skips.latest):
         return
     began = time.perf_counter()
     run.record.flush()
@@ -156,7 +138,7 @@ def save(run: Run, done: int) -> None:
         "ema_updates": run.learner.ema.num_updates if run.learner.ema else 0,
         "seconds": run.progress.seconds(),
         "world": run.world.size,
-        "strategy": run.world.strategy,
+        "strategy": run.learner.backend.name,
         "commit": run.progress.commit,
         "recipe": flatten(run.recipe),
     }

@@ -72,6 +72,7 @@ def _range_errors(recipe: Recipe) -> list[str]:
         "augment.image_size",
         "evaluation.batch",
         "checkpoint.keep",
+        "runtime.fsdp_replicas",
         "optimizer.shampoo.max_preconditioner_dim",
         "optimizer.shampoo.precondition_frequency",
         "optimizer.shampoo.start_preconditioning_step",
@@ -85,7 +86,8 @@ def _range_errors(recipe: Recipe) -> list[str]:
         "optimizer.weight_decay",
         "optimizer.clip_norm",
     )
-    counts = ("data.workers", "data.runs", "runtime.processes", "augment.randaugment_ops")
+    runtime = ("runtime.processes", "runtime.activation_checkpointing", "runtime.max_skipped")
+    counts = ("data.workers", "data.runs", "augment.randaugment_ops", *runtime)
     limits = [
         *((name, 1, float("inf")) for name in positive),
         *((name, 0, 1) for name in shares),

@@ -50,6 +50,7 @@ def refused(start, small, tmp_path):
         (["--model.start", "nosuch.safetensors"], ["nosuch.safetensors"]),
         (["--runtime.device", "cuda"], ["runtime.device is 'cuda'", "no CUDA device", "--runtime.device cpu"]),
         (["--runtime.processes", "4"], ["asks for 4 ranks", "started 1", "--cpu"]),
+        (["--runtime.fsdp-replicas", "2"], ["fsdp_replicas 2", "the launch file asks for ddp", "fsdp_*.yaml"]),
         (["--schedule.warmup", "9 steps"], ["'9 steps' is 9 steps", "'8 steps' is only 8", "warm up less"]),
         (["--schedule.length", "8 weeks"], ["schedule.length", "'8 weeks' is no duration", "'300 epochs'"]),
         (["--data.global-batch", "160"], ["160", "80"]),
@@ -65,6 +66,12 @@ def test_a_global_batch_that_the_world_does_not_divide(refused):
     message = refused(["--data.global-batch", "18", "--data.accumulation", "2"], size=2)
     assert "global batch of 18" in message
     assert "16 or 24" in message  # mixing needs an even micro-batch, so the step is 8
+
+
+def test_replicas_that_do_not_divide_the_ranks(refused):
+    message = refused(["--runtime.fsdp-replicas", "3"], size=2, ACCELERATE_USE_FSDP="true")
+    assert "fsdp_replicas 3 does not divide the 2 ranks" in message
+    assert "give one of [1, 2]" in message
 
 
 def test_a_checkpoint_of_another_model(refused, small, tmp_path):
@@ -85,7 +92,12 @@ def test_a_deepspeed_configuration_that_is_not_there(refused):
     ("changes", "part"),
     [
         ({"gradient_clipping": 3.0}, "gradient_clipping is 3.0, but the recipe makes it 1.0"),
-        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage is 3, but this backend runs (1, 2)"),
+        ({"bf16": {"enabled": True}}, "bf16 is given, but the recipe makes the precision fp32: the recipe owns it"),
+        ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage is 0, but this backend runs (1, 2, 3)"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+            'zero_optimization.offload_param.device is "nvme", where averages and checkpoints cannot reach',
+        ),
         ({"aio": {"block_size": "auto"}}, 'aio.block_size is "auto", but no recipe field fills it'),
     ],
 )
@@ -103,6 +115,14 @@ def test_a_run_directory_that_cannot_be_written(start, small):
     assert "error: run_dir /sys/run cannot be written (" in ended.outputs[0]
     assert "mend its permissions, make room, or give another --run-dir" in ended.outputs[0]
     assert "error: /sys/run takes no outcome.json" in ended.outputs[0]
+
+
+def test_what_zero_3_cannot_compile(refused, tmp_path):
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 3}}')
+    environment = JSON | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "zero.json")}
+    message = refused(["--runtime.compile", "aot_eager"], size=2, **environment)
+    assert "runtime.compile aot_eager cannot be had under ZeRO stage 3" in message
+    assert "fsdp_*.yaml" in message
 
 
 def test_resuming_with_another_recipe_shows_both_values(start, small, tmp_path):
@@ -168,6 +188,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(start, small
     options += ["--schedule.lr", "1e30", "--runtime.log-every", "100%"]  # a check at logged steps would come too late
     ended = start("recipes/pretrain_21k.py", options).wait()
     assert ended.codes == [2], ended.outputs
+    assert "number 4 of the steps that had to be skipped, and runtime.max_skipped allows 3" in ended.outputs[0]
     assert "training has diverged" in ended.outputs[0]
+    assert len((tmp_path / "run" / "skipped.jsonl").read_text().splitlines()) == 4
     assert json.loads((tmp_path / "run" / "outcome.json").read_text())["outcome"] == "error"
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-00000002"

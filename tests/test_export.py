@@ -229,10 +229,10 @@ def test_no_code_in_a_checkpoint_is_run(chain, tmp_path, capsys):
     seal_again(path)
     told = refused(capsys, path, tmp_path / "out")
     assert ".metadata: builtins.exec has no place in a table of contents: this is no checkpoint of a run" in told
-    state = json.loads((path / "state.json").read_text()) | {"strategy": "deepspeed"}
+    state = json.loads((path / "state.json").read_text()) | {"strategy": "zero2"}
     (path / "state.json").write_text(json.dumps(state))
     seal_again(path)
-    assert "was saved by deepspeed, whose files are pickles" in refused(capsys, path, tmp_path / "out")
+    assert "was saved by zero2, whose files are pickles" in refused(capsys, path, tmp_path / "out")
     weights = shutil.copytree(chain / "finetune", tmp_path / "run") / "weights" / "ema.safetensors"
     weights.write_bytes(pickle.dumps(Code()))
     assert "ema.safetensors is not a safetensors file" in refused(capsys, weights, tmp_path / "out")

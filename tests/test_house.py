@@ -23,10 +23,10 @@ MAY_IMPORT = {  # of ours
 }
 OURS = {*MAY_IMPORT, "tests"}
 LAYERS = (  # of pipeline, low to high: a module imports lower ones, and none of its own layer
-    {"recipe"},
+    {"recipe", "sharded"},
     {"validate", "augment", "models", "optim", "checkpoint", "backend", "ema", "loss"},
     {"data"},
-    {"evaluate", "record", "best"},
+    {"evaluate", "record", "best", "divergence"},
     {"prepare"},
     {"trainer", "predict", "report"},
     {"chain", "export"},

@@ -10,7 +10,7 @@ import pytest
 import ranks
 
 pytestmark = pytest.mark.soak
-LAUNCH_FILES = ("ddp_cpu2", "fsdp_cpu2", "zero2_cpu2")
+LAUNCH_FILES = ("ddp_cpu2", "fsdp_cpu2", "zero1_cpu2", "zero2_cpu2", "zero3_cpu2")
 FINETUNE, CHAIN = "recipes/finetune_1k.py", "recipes/chain.py"
 STEPS = 20
 KILLS = 5

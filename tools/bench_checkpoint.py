@@ -20,7 +20,6 @@ from pathlib import Path
 
 import timm
 import torch
-from torch import Tensor
 
 import pipeline.models  # noqa: F401 - registers our models with timm
 from pipeline.backend import Backend, StepOptions, World, start, wrap
@@ -28,6 +27,7 @@ from pipeline.checkpoint import Checkpoints
 from pipeline.ema import EMA
 from pipeline.loss import SummedOverHeads
 from pipeline.optim import adamw
+from pipeline.sharded import Shard, in_memory
 from pipeline.trainer import leave
 from tools.benchmarks import ROOT, append, header
 
@@ -80,7 +80,7 @@ def make(world: World, name: str, image_size: int) -> tuple[Backend, EMA]:
     torch.manual_seed(0)
     model = timm.create_model(name, img_size=image_size)
     backend = wrap(world, model, lambda m: adamw(m, (0.9, 0.999), 1e-8, 0.0), BATCH, StepOptions())
-    ema = EMA(backend.parameters(), DECAY)
+    ema = EMA(backend, DECAY)
     images = torch.randn(BATCH, 3, image_size, image_size, device=world.device)
     classes: int = model.num_classes  # type: ignore[assignment]
     targets = torch.full((BATCH, classes), 1 / classes, device=world.device)
@@ -107,9 +107,8 @@ class Bench:
                 found["behind"] = behind
         return found
 
-    def _copy(self) -> tuple[object, dict[str, Tensor]]:
-        averages = {name: tensor.to("cpu", copy=True) for name, tensor in self.ema.state().items()}
-        return self.backend.stage_engine(), averages
+    def _copy(self) -> tuple[object, list[Shard]]:
+        return self.backend.stage_engine(), in_memory(self.ema.state())
 
     def _timed(self, work: Callable[[], object]) -> float:
         """Seconds of the slowest rank, all of which begin together and when their device is idle."""

@@ -11,25 +11,34 @@ from torch import Tensor, nn
 
 from pipeline.backend.engine_files import EngineWriter
 from pipeline.backend.world import World
+from pipeline.sharded import Shard
 
 Criterion = Callable[[Any, Tensor], Tensor]
 Mixed = tuple[Tensor, Tensor]
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Stepped(NamedTuple):
-    """What a step leaves: this rank's mean loss, and the global gradient norm before clipping; both 0-d tensors."""
+    """What a step leaves: this rank's mean loss and the global gradient norm before clipping, both 0-d tensors, and
+    whether the weights were changed, the same on every rank: they are not where a loss or the norm is not finite."""
 
     loss: Tensor
     grad_norm: Tensor
+    applied: bool = True
 
 
 @dataclass(frozen=True)
 class StepOptions:
-    """Micro-batches a step, the largest gradient norm (0: no clipping), and bf16 autocast of the forward pass."""
+    """How a step is computed: micro-batches, the largest gradient norm (0: no clipping), the arithmetic as the recipe's
+    runtime.precision has it, groups of ranks that hold a whole model each (FSDP2 alone), torch.compile's backend for
+    the layers ("off": none), and every how-manieth layer computes its activations twice (0: none)."""
 
     accumulation: int = 1
     clip_norm: float = 0.0
-    bf16: bool = False
+    precision: str = "fp32"
+    replicas: int = 1
+    compiler: str = "off"
+    recompute_every: int = 0
 
 
 class Backend(ABC):
@@ -45,12 +54,18 @@ class Backend(ABC):
         self.options = options
 
     @property
+    @abstractmethod
+    def name(self) -> str:
+        """The strategy, as launch files name it: what one wrote, another may not be able to read."""
+
+    @property
     def module(self) -> nn.Module:
         """The model without a wrapper: evaluation calls it, and parameter names are its own."""
         return self.model
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.options.bf16)
+        dtype = AUTOCAST.get(self.options.precision)
+        return torch.autocast(self.world.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
     def forward_loss(self, criterion: Criterion, batch: Mixed) -> Tensor:
         """Loss of one mixed micro-batch: images float [B, 3, H, W], targets float [B, C]."""
@@ -58,6 +73,11 @@ class Backend(ABC):
         with self.autocast():
             outputs = self.model(images)
         return criterion(outputs, targets)
+
+    def agreed_finite(self, loss: Tensor) -> bool:
+        """Whether a micro-batch's loss is finite on every rank. Whoever decides on a backward pass has to know, so this
+        waits for the forward pass on the device; the ranks agree on the CPU."""
+        return self.world.all(bool(loss.detach().isfinite()))
 
     def set_lr(self, lr: float) -> None:
         """A group with an `lr_scale` gets that share of it."""
@@ -69,11 +89,21 @@ class Backend(ABC):
 
     @abstractmethod
     def step(self, criterion: Criterion, batches: Sequence[Mixed]) -> Stepped:
-        """One optimizer step over the micro-batches of this rank."""
+        """One optimizer step over the micro-batches of this rank; none where a loss or the norm is not finite."""
 
-    def parameters(self) -> dict[str, Tensor]:
-        """Every parameter by its name, detached but sharing its storage: whole, or a DTensor that holds a shard."""
-        return {name: parameter.detach() for name, parameter in self.module.named_parameters()}
+    def trained(self) -> list[tuple[str, nn.Parameter]]:
+        """The trainable parameters by their names."""
+        return [(name, parameter) for name, parameter in self.module.named_parameters() if parameter.requires_grad]
+
+    @abstractmethod
+    def shards(self) -> list[Shard]:
+        """This rank's piece of every trainable parameter in fp32, sharing the storage that the optimizer updates."""
+
+    def publish(self) -> None:  # noqa: B027 - in most backends the model computes with the pieces themselves
+        """Makes the model compute with what was written into `shards()` by hand; every rank calls it."""
+
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.module.parameters())
 
     @abstractmethod
     def save_engine(self, directory: Path) -> None:
@@ -92,6 +122,12 @@ class Backend(ABC):
     def full_weights(self) -> dict[str, Tensor]:
         """The whole model on the CPU of rank 0, by the module's own names; every rank calls it, others get {}."""
 
-    @abstractmethod
     def close(self) -> None:
         """Frees what a following backend of the same launch could trip over."""
+        if self.options.compiler != "off":
+            torch._dynamo.reset()
+
+
+def skipped(losses: Sequence[Tensor]) -> Stepped:
+    """Of a step that ended with a loss that is not finite, on this rank or another."""
+    return Stepped(torch.stack(list(losses)).mean(), torch.full_like(losses[0], float("nan")), applied=False)

@@ -19,13 +19,13 @@ from torch.optim import Optimizer
 EngineWriter = Callable[[Path, ProcessGroup | None], None]
 
 
-def save(model: nn.Module, optimizer: Optimizer, directory: Path) -> None:
-    dcp.save(_state(model, optimizer), checkpoint_id=directory)
+def save(model: nn.Module, optimizer: Optimizer, directory: Path, more: dict[str, Tensor]) -> None:
+    dcp.save(_state(model, optimizer, more), checkpoint_id=directory)
 
 
-def stage(model: nn.Module, optimizer: Optimizer) -> EngineWriter:
-    """Copies both into CPU memory; what is returned writes the copy as `save` would."""
-    state = in_memory(_state(model, optimizer))
+def stage(model: nn.Module, optimizer: Optimizer, more: dict[str, Tensor]) -> EngineWriter:
+    """Copies all into CPU memory; what is returned writes the copy as `save` would."""
+    state = in_memory(_state(model, optimizer, more))
 
     def write(directory: Path, group: ProcessGroup | None) -> None:
         dcp.save(state, checkpoint_id=directory, process_group=group)
@@ -33,8 +33,9 @@ def stage(model: nn.Module, optimizer: Optimizer) -> EngineWriter:
     return write
 
 
-def load(model: nn.Module, optimizer: Optimizer, directory: Path) -> None:
-    state = _state(model, optimizer)
+def load(model: nn.Module, optimizer: Optimizer, directory: Path, more: dict[str, Tensor]) -> None:
+    """`more` is loaded in place."""
+    state = _state(model, optimizer, more)
     dcp.load(state, checkpoint_id=directory)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
@@ -54,6 +55,6 @@ def in_memory(state: Any) -> Any:
     return [in_memory(value) for value in state] if isinstance(state, list) else copy.deepcopy(state)
 
 
-def _state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+def _state(model: nn.Module, optimizer: Optimizer, more: dict[str, Tensor]) -> dict[str, Any]:
     weights, states = get_state_dict(model, optimizer)
-    return {"model": weights, "optimizer": states}
+    return {"model": weights, "optimizer": states, "more": more}

@@ -11,12 +11,12 @@ from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from safetensors.torch import save as as_safetensors
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from pipeline import sharded
 from pipeline.checkpoint.behind import Behind
 from pipeline.checkpoint.upload import check_destination, upload
 from pipeline.checkpoint.whole import (
@@ -29,6 +29,7 @@ from pipeline.checkpoint.whole import (
     seal,
     write_bytes,
 )
+from pipeline.sharded import Shard
 from shards.durable import sync_directory
 from shards.errors import UserError
 
@@ -81,7 +82,7 @@ class Checkpoints:
         """Raises UserError where `upload` is given and cannot be written."""
         self._together(lambda: check_destination(self.upload) if self.upload and self.world.is_main else None)
 
-    def save(self, step: int, engine: Engine, averages: dict[str, Tensor], state: dict) -> Path:
+    def save(self, step: int, engine: Engine, averages: list[Shard], state: dict) -> Path:
         """Commits the state of `step`; older checkpoints are pruned only after that. Asynchronously, it returns when
         the one before is committed and this one copied.
 
@@ -92,12 +93,12 @@ class Checkpoints:
         staged = engine.stage_engine() if self.asynchronous else None
         write_engine = staged or (lambda directory, group: engine.save_engine(directory))
         if staged:
-            averages = {name: tensor.detach().to("cpu", copy=True) for name, tensor in averages.items()}
+            averages = sharded.in_memory(averages)
 
         def write(directory: Path) -> None:
             write_engine(directory / "engine", self.world.group)
             if averages:
-                dcp.save({"ema": averages}, checkpoint_id=directory / "ema", process_group=self.world.group)
+                sharded.save(averages, directory / "ema", self.world.group)
             self._together(lambda: _write_all(directory, own))
 
         final = self.root / f"step-{step:08d}"
@@ -146,11 +147,11 @@ class Checkpoints:
             )
         return None
 
-    def load(self, path: Path, engine: Engine, averages: dict[str, Tensor]) -> None:
+    def load(self, path: Path, engine: Engine, averages: list[Shard]) -> None:
         """Reads a checkpoint that `newest` gave into the engine, the averages and this rank's RNG."""
         engine.load_engine(path / "engine")
         if averages:
-            dcp.load({"ema": averages}, checkpoint_id=path / "ema")
+            sharded.load(averages, path / "ema")
         rng = path / _rng_name(self.world.rank)
         if rng.exists():
             _set_rng(load_file(rng))

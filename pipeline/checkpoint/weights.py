@@ -48,7 +48,7 @@ def read_weights(path: Path) -> dict[str, dict[str, Tensor]]:
             "directory, or a file of its weights/, instead"
         )
     weights = _read(path / "engine", "model.")
-    averages = _read(path / "ema", "ema.") if (path / "ema").exists() else {}
+    averages = _read(path / "ema", "") if (path / "ema").exists() else {}
     return {"model": weights, "ema": {name: tensor.view_as(weights[name]) for name, tensor in averages.items()}}
 
 

@@ -12,6 +12,7 @@ from pipeline.backend import Backend, StepOptions, wrap
 from pipeline.backend.world import World
 from pipeline.checkpoint import Checkpoints
 from pipeline.optim import adamw
+from pipeline.sharded import Shard
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -61,7 +62,8 @@ def save() -> Callable[[Checkpoints, Backend, int], Path]:
     """save(checkpoints, backend, step) -> the directory that is committed when it returns."""
 
     def commit(checkpoints: Checkpoints, backend: Backend, step: int) -> Path:
-        path = checkpoints.save(step, backend, {"w": torch.full((2,), float(step))}, {"kept": "yes"})
+        averages = [Shard("w", torch.full((2,), float(step)), 0, 2)]
+        path = checkpoints.save(step, backend, averages, {"kept": "yes"})
         checkpoints.wait()
         return path
 

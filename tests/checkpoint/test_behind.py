@@ -17,6 +17,7 @@ from pipeline.backend import Backend, start
 from pipeline.checkpoint import Checkpoints
 from pipeline.prepare import prepare
 from pipeline.recipe import Recipe, parse
+from pipeline.sharded import Shard
 from pipeline.trainer import fit, leave, train
 from recipes import finetune_1k
 from shards.errors import UserError
@@ -50,36 +51,32 @@ def before_writing(backend: Backend, act: Callable[[], None]) -> Backend:
 def test_training_goes_on_while_a_copy_is_committed(behind, make_backend, train, strategy):
     backend, go_on = make_backend(strategy), threading.Event()
     train(backend, 1)
-    expected = {name: whole(tensor).clone() for name, tensor in backend.parameters().items()}
-    averages = {"w": torch.ones(2)}
-    path = behind.save(1, before_writing(backend, go_on.wait), averages, {})
+    expected = {shard.name: shard.tensor.clone() for shard in backend.shards()}
+    averages = Shard("w", torch.ones(2), 0, 2)
+    path = behind.save(1, before_writing(backend, go_on.wait), [averages], {})
     train(backend, 2)
-    averages["w"].zero_()
+    averages.tensor.zero_()
     assert behind.newest() is None
     go_on.set()
     behind.wait()
     assert behind.newest() == path
-    behind.load(path, backend, averages)
-    found = {name: whole(tensor) for name, tensor in backend.parameters().items()}
+    behind.load(path, backend, [averages])
+    found = {shard.name: shard.tensor for shard in backend.shards()}
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
-    assert averages["w"].tolist() == [1.0, 1.0]
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    assert averages.tensor.tolist() == [1.0, 1.0]
 
 
 def test_a_save_waits_for_the_one_before(behind, make_backend):
     go_on, waiting = threading.Event(), threading.Event()
     first, second = before_writing(make_backend("ddp"), go_on.wait), make_backend("ddp")
-    behind.save(1, first, {}, {})
+    behind.save(1, first, [], {})
     committed: list[bool] = []
     stage = second.stage_engine
     second.stage_engine = lambda: (committed.append((behind.root / "step-00000001" / "COMMITTED").exists()), stage())[1]
 
     def next_save() -> None:
         waiting.set()
-        behind.save(2, second, {}, {})
+        behind.save(2, second, [], {})
 
     saving = threading.Thread(target=next_save)
     saving.start()
@@ -103,7 +100,7 @@ MESSAGE = (
 
 
 def save_next(behind: Checkpoints, backend: Backend) -> None:
-    behind.save(3, backend, {}, {})
+    behind.save(3, backend, [], {})
 
 
 def leave_the_training(behind: Checkpoints, backend: Backend) -> None:
@@ -115,7 +112,7 @@ def leave_the_training(behind: Checkpoints, backend: Backend) -> None:
 def test_a_failure_is_told_once_to_whoever_comes_next(behind, make_backend, save, come_next):
     backend = make_backend("ddp")
     save(behind, backend, 1)
-    behind.save(2, before_writing(make_backend("ddp"), full), {}, {})
+    behind.save(2, before_writing(make_backend("ddp"), full), [], {})
     with pytest.raises(UserError, match=MESSAGE):
         come_next(behind, backend)
     assert behind.newest() == behind.root / "step-00000001"
@@ -125,7 +122,7 @@ def test_a_failure_is_told_once_to_whoever_comes_next(behind, make_backend, save
 
 def save_and_fail(behind: Checkpoints, backend: Backend, step: int) -> None:
     with behind.settled():
-        behind.save(step, backend, {}, {})
+        behind.save(step, backend, [], {})
         raise ZeroDivisionError
 
 

@@ -9,8 +9,14 @@ import pytest
 import ranks
 import torch
 
+from pipeline.backend import Backend
 from pipeline.checkpoint import Checkpoints, read_state
+from pipeline.sharded import Shard
 from shards.errors import UserError
+
+
+def weights(backend: Backend) -> dict[str, torch.Tensor]:
+    return {shard.name: shard.tensor.clone() for shard in backend.shards()}
 
 
 def test_what_was_saved_is_restored(checkpoints, backend, save, train):
@@ -18,15 +24,15 @@ def test_what_was_saved_is_restored(checkpoints, backend, save, train):
     path = save(checkpoints, backend, 1)
     random = torch.rand(3)
     train(backend, 2)
-    expected = {name: tensor.clone() for name, tensor in backend.parameters().items()}
+    expected = weights(backend)
     train(backend, 3)
-    averages = {"w": torch.zeros(2)}
-    checkpoints.load(path, backend, averages)
+    averages = Shard("w", torch.zeros(2), 0, 2)
+    checkpoints.load(path, backend, [averages])
     assert read_state(path) == {"kept": "yes", "step": 1}
-    assert averages["w"].tolist() == [1.0, 1.0]
+    assert averages.tensor.tolist() == [1.0, 1.0]
     assert torch.equal(torch.rand(3), random)
     train(backend, 2)
-    torch.testing.assert_close(backend.parameters(), expected, rtol=0, atol=0)
+    torch.testing.assert_close(weights(backend), expected, rtol=0, atol=0)
 
 
 def test_the_newest_are_kept(checkpoints, backend, save):

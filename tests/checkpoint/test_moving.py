@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import ranks
+from strategies import ZERO, place
 
 from pipeline.backend import World, start, universal
 from pipeline.loss import SummedOverHeads
@@ -23,7 +24,7 @@ LAUNCHES = (2, 1, 2)
 MOVES = {
     "fsdp 2-1-2": (["fsdp"], ["fsdp"], ["fsdp"]),
     "ddp 2, fsdp 2, ddp 1": (["ddp", "fsdp"], ["ddp"], []),
-    "zero2 2-1-2": (["deepspeed"], ["deepspeed"], ["deepspeed"]),
+    **{f"{stage} 2-1-2": ([stage], [stage], [stage]) for stage in ZERO},
 }
 """Strategies of a run's legs, by launch."""
 WHOLE = "whole"
@@ -64,17 +65,18 @@ def launch(options: list[str], root: Path, number: int) -> None:
     """All legs that the launch of this number makes in turn."""
     world = start("cpu")
     os.environ.setdefault("LOCAL_RANK", "0")  # a launcher sets it for one rank, too, and DeepSpeed asks for it
-    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(ranks.ROOT / "ds_configs" / "zero2.json")
     if number == 0:
         assert fit(recipe_of(options, root / WHOLE), world) == "done"
     for name, legs in MOVES.items():
         for strategy in legs[number]:
-            go_on(recipe_of(options, root / name), dataclasses.replace(world, strategy=strategy))
+            go_on(recipe_of(options, root / name), place(world, strategy, root))
     if number == 1:
-        with pytest.raises(
-            UserError, match=r"saved by 1 ranks of deepspeed, and cannot be continued by 1 ranks of fsd"
-        ):
-            fit(recipe_of(options, root / "zero2 2-1-2"), dataclasses.replace(world, strategy="fsdp"))
+        for strategy in ("fsdp", "zero1"):
+            told = (
+                rf"saved by 1 ranks of zero2, and cannot be continued by 1 ranks of {strategy}: DeepSpeed's files fit"
+            )
+            with pytest.raises(UserError, match=told):
+                fit(recipe_of(options, root / "zero2 2-1-2"), place(world, strategy, root))
         with pytest.raises(UserError, match=r"of 0 ranks, cannot be converted for 1 by .*FileNotFoundError: can't fin"):
             universal.load(None, world, root / "nothing" / "engine", root / "aside")
     leave(0)
@@ -101,4 +103,4 @@ def test_a_run_that_moves_is_the_run_that_stays(runs, name):
 
 
 def test_nothing_is_left_of_the_conversion(runs):
-    assert not list((runs / "zero2 2-1-2" / "checkpoints").glob("*.tmp"))
+    assert not list(runs.glob("zero* 2-1-2/checkpoints/*.tmp"))

@@ -118,7 +118,7 @@ def step(backend: Backend, steps: Iterable[int]) -> list[float]:
     roundings, and everything after depends on the choice.
     """
     losses, world = [], backend.world
-    dtype = next(iter(backend.parameters().values())).dtype
+    dtype = backend.shards()[0].tensor.dtype
     mine = slice(world.rank * BATCH // world.size, (world.rank + 1) * BATCH // world.size)
     mine = slice(0, BATCH // 2) if type(backend.optimizer).__name__ == "SOAP" else mine
     for number in steps:

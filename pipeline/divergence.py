@@ -1,0 +1,66 @@
+"""Steps that were not applied, because a loss or the gradient norm was not finite: written down, and bounded."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.backend import Stepped, World
+from pipeline.data.batch import Batch
+from shards.durable import atomic_file
+from shards.errors import UserError
+
+SKIPPED = "skipped.jsonl"
+
+
+class Skips:
+    """RUN/skipped.jsonl: a line for every step that left the weights as they were, with its samples in the order of the
+    global batch, written by rank 0. The budget is on such steps of the whole run; all ranks call every method."""
+
+    def __init__(self, run_dir: Path, world: World, budget: int) -> None:
+        self._path, self._world, self._budget = run_dir / SKIPPED, world, budget
+        self._lines: list[dict[str, Any]] = []
+
+    @property
+    def latest(self) -> int:
+        """The last step that was skipped; 0 for none."""
+        return self._lines[-1]["step"] if self._lines else 0
+
+    def resume(self, step: int) -> None:
+        """Takes up what was skipped up to `step`; what came later will be met again."""
+        lines = [json.loads(text) for text in self._path.read_text().splitlines()] if self._path.exists() else []
+        self._lines = self._world.from_main([line for line in lines if line["step"] <= step])
+        if self._world.is_main and len(lines) > len(self._lines):
+            self._write()
+
+    def note(self, step: int, stepped: Stepped, batches: Sequence[Batch]) -> None:
+        """What became of `step`, and this rank's micro-batches of it.
+
+        Raises UserError, on all ranks, where more steps were skipped than the budget allows.
+        """
+        if stepped.applied:
+            return
+        loss = self._world.sum([stepped.loss.item()])[0] / self._world.size
+        samples = self._world.gather([sample for batch in batches for sample in batch.ids.tolist()])
+        line = {"step": step, "loss": str(loss), "grad_norm": str(stepped.grad_norm.item())}
+        self._lines.append(line | {"samples": [sample for rank in samples for sample in rank]})
+        if self._world.is_main:
+            print(f"step {step} is skipped: loss {line['loss']}, gradient norm {line['grad_norm']}", flush=True)
+            self._write()
+        self._check()
+
+    def _check(self) -> None:
+        if len(self._lines) <= self._budget:
+            return
+        last = self._lines[-1]
+        raise UserError(
+            f"the loss is {last['loss']} and the gradient norm {last['grad_norm']} at step {last['step']}, "
+            f"number {len(self._lines)} of the steps that had to be skipped, and runtime.max_skipped allows "
+            f"{self._budget}: training has diverged; the checkpoints before it hold finite weights, and {self._path} "
+            "names the samples of those steps: look at them, lower --schedule.lr, lengthen --schedule.warmup or clip "
+            "harder, in a new --run-dir"
+        )
+
+    def _write(self) -> None:
+        with atomic_file(self._path) as file:
+            file.write("".join(json.dumps(line) + "\n" for line in self._lines).encode())
