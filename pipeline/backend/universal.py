@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch.optim import Optimizer
+
 from pipeline.backend.world import World
 from shards.errors import UserError
 
@@ -42,7 +44,7 @@ def load(engine: "DeepSpeedEngine", world: World, saved: Path, aside: Path) -> N
             f"ds_to_universal ({failed}): it needs as much room again beside it; make some, or go on with as many as "
             "before"
         )
-    with _universal(engine):
+    with _universal(engine), _apart(engine.optimizer.optimizer):
         engine.load_checkpoint(aside, tag=saved.name)
     world.barrier()
     if world.is_main:
@@ -71,3 +73,15 @@ def _universal(engine: "DeepSpeedEngine") -> Iterator[None]:
         yield
     finally:
         engine._config.load_universal_checkpoint = False
+
+
+@contextlib.contextmanager
+def _apart(optimizer: Optimizer) -> Iterator[None]:
+    """Groups keep what the recipe gave them, and slices count their own steps: stage 3's loading gives all groups what
+    the first one had, and all slices one tensor, which each would then count up."""
+    given = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    yield
+    for group, own in zip(optimizer.param_groups, given, strict=True):
+        group.update(own)
+    for state in optimizer.state.values():
+        state["step"] = state["step"].clone()

@@ -23,13 +23,13 @@ def _group():
 
 
 @pytest.fixture
-def make_backend() -> Callable[[str], Backend]:
-    """make_backend(strategy) -> a linear layer and AdamW."""
+def make_backend() -> Callable[..., Backend]:
+    """make_backend(strategy, **StepOptions) -> a linear layer and AdamW."""
 
-    def make(strategy: str) -> Backend:
+    def make(strategy: str, **options: object) -> Backend:
         torch.manual_seed(0)
         world = World(strategy, 0, 1, torch.device("cpu"))
-        found = wrap(world, nn.Linear(3, 2), lambda m: adamw(m, (0.9, 0.999), 1e-8, 0.0), 4, StepOptions())
+        found = wrap(world, nn.Linear(3, 2), lambda m: adamw(m, (0.9, 0.999), 1e-8, 0.0), 4, StepOptions(**options))
         found.set_lr(0.1)
         return found
 

@@ -66,6 +66,26 @@ def test_training_goes_on_while_a_copy_is_committed(behind, make_backend, train,
     assert averages.tensor.tolist() == [1.0, 1.0]
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16-pure"])
+def test_what_low_precision_keeps_beside_is_copied_too(behind, make_backend, train, precision):
+    """The scale of the loss; and fp32 masters, which the model computes with again after loading."""
+    backend, go_on = make_backend("ddp", precision=precision), threading.Event()
+    train(backend, 1)
+    expected = {shard.name: shard.tensor.clone() for shard in backend.shards()}
+    computing, scale = backend.module.weight.detach().clone(), backend.scaler.get_scale()
+    path = behind.save(1, before_writing(backend, go_on.wait), [], {})
+    train(backend, 2)
+    if precision == "fp16":
+        backend.scaler.update(scale / 4)
+    go_on.set()
+    behind.wait()
+    behind.load(path, backend, [])
+    found = {shard.name: shard.tensor for shard in backend.shards()}
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert torch.equal(backend.module.weight, computing)
+    assert backend.scaler.get_scale() == scale
+
+
 def test_a_save_waits_for_the_one_before(behind, make_backend):
     go_on, waiting = threading.Event(), threading.Event()
     first, second = before_writing(make_backend("ddp"), go_on.wait), make_backend("ddp")

@@ -47,6 +47,7 @@ class SignalledAt(SummedOverHeads):
 def recipe_of(options: list[str], run_dir: Path) -> Recipe:
     more = ["--debug", *options, "--run-dir", str(run_dir), "--schedule.length", f"{STEPS} steps"]
     more += ["--model.drop-path-rate", "0", "--checkpoint.every", "100%", "--evaluation.every", "100%"]
+    more += ["--optimizer.layer-decay", "0.8"]  # several groups, so that ZeRO has several partitions
     return parse(finetune_1k.make, finetune_1k.MODELS, "", more)
 
 

@@ -1,6 +1,5 @@
 """What the ranks of tests/optim/test_on_ranks.py do: every optimizer on every backend of the table, in one launch."""
 
-import dataclasses
 import functools
 import gc
 import json
@@ -9,10 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-import ranks
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from strategies import ZERO, place
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -29,7 +28,7 @@ from pipeline.trainer import leave
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "shampoo"
 TOLERANCES = {"shampoo_every_step": 1e-9, "shampoo_blocked": 1e-4}  # as spec/shampoo.md has them
-STRATEGIES = ("ddp", "fsdp", "deepspeed")  # in this order: Accelerate forgets nothing of DeepSpeed
+STRATEGIES = ("ddp", "fsdp", *ZERO)  # in this order: Accelerate forgets nothing of DeepSpeed
 SAVED, STEPS = 2, 4
 BATCH, CLASSES, SIDE = 8, 5, 16
 TOKEN = (1, 5, 4)  # a parameter of which the second rank of FSDP2 has nothing
@@ -40,25 +39,26 @@ def cases(size: int) -> list[tuple[str, str]]:
     become partitions, for all else about it is tested in tests/test_backends.py."""
     strategies = STRATEGIES if size > 1 else STRATEGIES[:1]
     names = {name: name.replace("NAME", "Yogi") for name in OPTIMIZERS}
-    found = [(where, names[name]) for where in strategies for name in names if where in OPTIMIZERS[name].backends]
+    backends = dict(zip(STRATEGIES, ("ddp", "fsdp", *["deepspeed"] * len(ZERO)), strict=True))
+    found = [(it, names[name]) for it in strategies for name in names if backends[it] in OPTIMIZERS[name].backends]
     return [each for each in found if each != ("fsdp", "adamw") and (size == 1 or each != ("ddp", "adamw"))]
 
 
 def moves(size: int) -> list[tuple[str, str, str]]:
     """(optimizer, strategy, strategy of the other world that saved it)."""
     pairs = [("ddp", "ddp"), ("ddp", "fsdp"), ("fsdp", "fsdp")] if size == 1 else [("ddp", "ddp"), ("fsdp", "ddp")]
-    return [(name, *pair) for name in ("shampoo", "lamb") for pair in pairs]
+    zero = [("lamb", stage, stage) for stage in ZERO] if size == 1 else []
+    return [(name, *pair) for name in ("shampoo", "lamb") for pair in pairs] + zero
 
 
 def train_all(root: Path) -> None:
     gc.freeze()  # every backend ends in a full collection, which took half of the time
     world = start("cpu")
-    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(ranks.ROOT / "ds_configs" / "zero2.json")
     if world.size > 1:
         check_golden(world, root)
         measure_state(world, root)
     for strategy, name in cases(world.size):
-        placed = dataclasses.replace(world, strategy=strategy)
+        placed = place(world, strategy, root)
         train_and_resume(placed, name, root / f"{strategy}-{name}-{world.size}")
     leave(0)
 
@@ -67,9 +67,10 @@ def continue_all(root: Path) -> None:
     """Of what a world of another size saved, those whose state is not torch.optim's."""
     gc.freeze()
     world = start("cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")  # a launcher sets it for one rank, too, and DeepSpeed asks for it
     other = 3 - world.size
     for name, strategy, saved in moves(world.size):
-        backend = build(dataclasses.replace(world, strategy=strategy), name)
+        backend = build(place(world, strategy, root), name)
         backend.load_engine(root / f"{saved}-{name}-{other}" / "engine")
         finish(backend, world, SAVED, root / f"{strategy}-{name}-{world.size}-from-{saved}")
     leave(0)
