@@ -1,14 +1,13 @@
-"""ViTTM on two ranks of DDP, FSDP2 and ZeRO-2 has the losses of one; under DDP no parameter may lack a gradient."""
+"""ViTTM on two ranks of DDP, FSDP2 and ZeRO has the losses of one; under DDP no parameter may lack a gradient."""
 
-import dataclasses
 import json
-import os
 from functools import partial
 from pathlib import Path
 
 import pytest
 import ranks
 import torch
+from strategies import ZERO, place
 from variants import SMALL
 
 from pipeline.backend import StepOptions, World, start, wrap
@@ -17,7 +16,7 @@ from pipeline.models.vittm import ViTTM
 from pipeline.optim import adamw
 from pipeline.trainer import leave
 
-STRATEGIES = ("ddp", "fsdp", "deepspeed")
+STRATEGIES = ("ddp", "fsdp", *ZERO)
 MODELS = {
     "default": {},
     "shared fusions": {
@@ -44,10 +43,9 @@ TOLERANCE = 1e-5
 def train_each(strategies: tuple[str, ...], file: Path) -> None:
     """Three steps of every model by every strategy, in this one launch: {"model, strategy": [[loss, norm], ...]}."""
     world = start("cpu")
-    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(ranks.ROOT / "ds_configs" / "zero2.json")
     found = {}
     for strategy in strategies:
-        placed = dataclasses.replace(world, strategy=strategy)
+        placed = place(world, strategy, file.parent)
         found |= {f"{name}, {strategy}": train(placed, name) for name in MODELS}
     if world.is_main:
         file.write_text(json.dumps(found))
@@ -67,8 +65,8 @@ def train(world: World, name: str) -> list[list[float]]:
     for _ in range(STEPS):
         images = torch.randn(BATCH, 3, 32, 32, generator=generator)[world.rank :: world.size]
         targets = torch.eye(7)[torch.arange(BATCH)[world.rank :: world.size]]
-        loss, norm = backend.step(SummedOverHeads("ce"), [(images, targets)])
-        steps.append([world.sum([loss.item()])[0] / world.size, norm.item()])
+        stepped = backend.step(SummedOverHeads("ce"), [(images, targets)])
+        steps.append([world.sum([stepped.loss.item()])[0] / world.size, stepped.grad_norm.item()])
     backend.close()
     return steps
 
