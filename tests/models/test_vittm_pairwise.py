@@ -31,6 +31,12 @@ def test_images_of_another_size_equal_the_reference(row):
     check_equals_reference(options, options.pop("seen"))
 
 
+@pytest.mark.parametrize("rw_head_type", ["lin", "la", "lca"])
+def test_models_large_enough_for_products_in_another_order_equal_the_reference(rw_head_type):
+    size = {"img_size": 112, "memory_ps": 14, "process_ps": 14, "embed_dim": 384, "depth": 1, "num_heads": 6}
+    check_equals_reference(size | {"rw_head_type": rw_head_type, "num_classes": 7})
+
+
 def test_pairs_in_no_row_are_refused_by_themselves():
     refused = [SMALL | options_of([ALL[i], ALL[j]], (a, b)) for (i, a), (j, b) in REFUSED]
     for options in refused:

@@ -15,6 +15,7 @@ from pipeline.models.vittm.checks import check_choice, check_divides, check_posi
 
 _EPS = 1e-6
 _LA_HIDDEN = 64
+_FEW = 2**20  # multiplications
 
 
 @dataclass(frozen=True)
@@ -278,8 +279,13 @@ def _positive(x: Tensor) -> Tensor:
 
 
 def _product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Q K^T V in the order of fewer multiplications; q (..., M, c), k (..., N, c), v (..., N, d) -> (..., M, d)."""
+    """Q K^T V; q (..., M, c), k (..., N, c), v (..., N, d) -> (..., M, d).
+
+    Many multiplications are made in the order in which they are fewer. A few are made in the formula's, to round as
+    the authors' program does: with erase, what la reads differs so little from token to token that norms enlarge it.
+    """
     (m, c), (n, d) = q.shape[-2:], v.shape[-2:]
-    if m * n * (c + d) < (m + n) * c * d:
+    literal, other = (m + n) * c * d, m * n * (c + d)
+    if other < literal and literal > _FEW:
         return (q @ k.transpose(-2, -1)) @ v
     return q @ (k.transpose(-2, -1) @ v)
