@@ -15,7 +15,7 @@ from pipeline.models.vittm.checks import check_choice, check_divides, check_posi
 
 _EPS = 1e-6
 _LA_HIDDEN = 64
-_FEW = 2**20  # multiplications
+_FEW = 2**20  # multiplications, below which their order is the formula's
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,14 @@ class WeighedValues(nn.Linear):
     def _folds(self, source: Tensor, k: Tensor) -> bool:
         """Whether `_value_of_mean` has fewer products, on a CPU, whose time they are: `tools/bench_model.py`.
 
-        Elsewhere the larger product that shares its weights over the batch is kept.
+        Elsewhere the larger product that shares its weights over the batch is kept, and where there are few products
+        anyway the formula's order, to round as it does.
         """
         (num_tokens, dim), latent_dim = source.shape[1:], k.shape[-1]
         head_dim = dim // self.num_heads
+        literal = num_tokens * dim * dim + num_tokens * latent_dim * head_dim
         folded = latent_dim * dim * (num_tokens + head_dim)
-        return source.device.type == "cpu" and folded < num_tokens * dim * dim + num_tokens * latent_dim * head_dim
+        return source.device.type == "cpu" and folded < literal and literal > _FEW
 
 
 class CrossAttentionHead(nn.Module):
