@@ -41,7 +41,7 @@ def test_two_ranks_equal_one_process(runs, strategy, name):
     torch.testing.assert_close(weights(found), weights(expected), rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("run", [f"ddp-{name}-1" for _, name in on_ranks.cases(1)] + [f"{s}-{n}-2" for s, n in ON_TWO])
+@pytest.mark.parametrize("run", ["-".join(map(str, case)) for case in on_ranks.RESUMED])
 def test_a_resumed_run_is_bitwise_the_same(runs, run):
     assert losses(runs / run / "resumed") == losses(runs / run)[on_ranks.SAVED :]
     torch.testing.assert_close(weights(runs / run / "resumed"), weights(runs / run), rtol=0, atol=0)
