@@ -130,11 +130,7 @@ def prepare(recipe: Recipe, world: World) -> Run:
     index, store = open_data(recipe.data.path, options)
     given = make_input(recipe, index, store, world)
     schedule, durations = make_schedule(recipe, given.stream.plan.batches_per_epoch)
-    section = recipe.checkpoint
-    checkpoints = Checkpoints(
-        run_dir / "checkpoints", world.apart(), section.keep, section.asynchronous, section.upload
-    )
-    checkpoints.check_upload()
+    checkpoints = Checkpoints.of(run_dir, world.apart(), recipe.checkpoint)
     newest = checkpoints.newest()
     if newest is not None:
         check_same_recipe(read_state(newest)["recipe"], recipe, newest)

@@ -164,7 +164,7 @@ def finish(run: Run) -> str:
     for name in ("model", "ema") if run.learner.ema else ("model",):
         export(run, name, name, {"format": "pt"})
     run.checkpoints.wait()
-    run.checkpoints.uploads.wait()
+    run.checkpoints.wait_for_uploads()
     if run.world.is_main:
         images = run.durations.total * run.recipe.data.global_batch
         reason = f"trained for {run.recipe.schedule.length}"

@@ -75,6 +75,24 @@ def chain_options(small: list[str]) -> list[str]:
     return ["--debug", *(text.replace("--", f"--{stage}.") for stage in ("pretrain", "finetune") for text in small)]
 
 
+@pytest.fixture(scope="session")
+def finished(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A chain that one process of DDP has finished, of 8 steps a stage; nobody may write there. `pretrain` evaluated
+    every step, with so large a learning rate that the last is not the best; `finetune` uploaded its checkpoints."""
+    root = tmp_path_factory.mktemp("finished")
+    both = {"data.path": shards, "data.global-batch": 16, "data.workers": 0, "augment.image-size": 16}
+    both |= {"model.memory-ps": 4, "model.process-ps": 8, "model.embed-dim": 24, "evaluation.batch": 8}
+    both |= {"schedule.length": "8 steps", "checkpoint.every": "4 steps"}
+    options = {f"{stage}.{name}": value for stage in ("pretrain", "finetune") for name, value in both.items()}
+    options |= {"pretrain.evaluation.every": "1 steps", "pretrain.schedule.lr": 0.004}
+    options |= {"pretrain.augment.randaugment-ops": 0, "finetune.checkpoint.upload": f"file://{root}/uploaded"}
+    texts = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    arguments = ["--debug", *texts, "--pretrain.augment.no-mixup", "--run-dir", str(root / "chain")]
+    ended = ranks.run_script("recipes/chain.py", arguments, root / "logs").wait()
+    assert ended.codes == [0], ended.outputs
+    return root / "chain"
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., ranks.Ranks]]:
     """start(script, options, size=1, **environment): ranks of a recipe file; none outlives the test."""

@@ -6,10 +6,9 @@ import pytest
 import timm
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
-    ("size", "environment"),
-    [(1, {}), pytest.param(2, {"ACCELERATE_USE_FSDP": "true"}, marks=pytest.mark.soak)],
-    ids=["one process", "two of fsdp"],
+    ("size", "environment"), [(1, {}), (2, {"ACCELERATE_USE_FSDP": "true"})], ids=["one process", "two of fsdp"]
 )
 def test_it_appends_a_line(start, tmp_path, size, environment):
     options = ["--model", "test_vit", "--image-size", "32", "--repetitions", "2", "--device", "cpu"]

@@ -13,7 +13,6 @@ from typing import ClassVar
 import huggingface_hub
 import onnxruntime
 import pytest
-import ranks
 import timm
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,22 +21,8 @@ from pipeline.checkpoint.whole import file_names, flushed_hash, seal
 from pipeline.export.formats import write_torch_export
 from tools.export import main
 
-CHAIN = "recipes/chain.py"
 CHECKPOINT = "checkpoints/step-00000008"
 TIMMS = {"README.md", "config.json", "model.safetensors"}
-
-
-@pytest.fixture(scope="module")
-def chain(tmp_path_factory, shards) -> Path:
-    """A finished chain on one process of DDP."""
-    root = tmp_path_factory.mktemp("exported")
-    fields = {"data.path": shards, "data.global-batch": 16, "data.workers": 0, "augment.image-size": 16}
-    fields |= {"model.memory-ps": 4, "model.process-ps": 8, "model.embed-dim": 24, "model.depth": 1}
-    fields |= {"schedule.length": "8 steps", "checkpoint.every": "8 steps", "evaluation.batch": 8}
-    options = [t for s in ("pretrain", "finetune") for n, v in fields.items() for t in (f"--{s}.{n}", str(v))]
-    ended = ranks.run_script(CHAIN, ["--debug", *options, "--run-dir", str(root / "chain")], root / "logs").wait()
-    assert ended.codes == [0], ended.outputs
-    return root / "chain"
 
 
 def made_again(out: Path) -> torch.nn.Module:
@@ -58,10 +43,10 @@ def made_again(out: Path) -> torch.nn.Module:
         (CHECKPOINT, ["--weights", "model"], "weights/model.safetensors"),
     ],
 )
-def test_timm_loads_what_was_exported(chain, tmp_path, source, options, weights):
+def test_timm_loads_what_was_exported(finished, tmp_path, source, options, weights):
     out = tmp_path / "out"
-    assert main([str(chain / "finetune" / source), str(out), *options]) == 0
-    expected = load_file(chain / "finetune" / weights)
+    assert main([str(finished / "finetune" / source), str(out), *options]) == 0
+    expected = load_file(finished / "finetune" / weights)
     torch.testing.assert_close(dict(made_again(out).state_dict()), expected, rtol=0, atol=0)
     again = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
     torch.testing.assert_close(dict(again.state_dict()), expected, rtol=0, atol=0)
@@ -70,12 +55,12 @@ def test_timm_loads_what_was_exported(chain, tmp_path, source, options, weights)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
-def test_the_model_card_tells_where_the_weights_are_from(chain, tmp_path):
+def test_the_model_card_tells_where_the_weights_are_from(finished, tmp_path):
     licences = ["--licence", "apache-2.0", "--data-licence", "ImageNet's terms: research, education"]
-    assert main([str(chain / "finetune"), str(tmp_path / "out"), *licences]) == 0
+    assert main([str(finished / "finetune"), str(tmp_path / "out"), *licences]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
-    state = json.loads((chain / "finetune" / CHECKPOINT / "state.json").read_text())
-    evaluated = json.loads((chain / "finetune" / "metrics.jsonl").read_text().splitlines()[-1])
+    state = json.loads((finished / "finetune" / CHECKPOINT / "state.json").read_text())
+    evaluated = json.loads((finished / "finetune" / "metrics.jsonl").read_text().splitlines()[-1])
     for fact in (
         "license: apache-2.0\n",
         "averaged weights of a training run after 8 steps",
@@ -85,7 +70,7 @@ def test_the_model_card_tells_where_the_weights_are_from(chain, tmp_path):
         "| the weights they started from | unknown |",
         f"- Run `finetune`: 8 steps on split `train` of `{state['recipe']['data.path']}`, "
         f"index fingerprint {state['data']['fingerprint']}; commit {state['commit']}; 1 ranks of ddp",
-        f"- It started from `{chain}/pretrain/weights/ema.safetensors`, SHA-256 ",
+        f"- It started from `{finished}/pretrain/weights/ema.safetensors`, SHA-256 ",
         "- Run `pretrain`: 8 steps",
         "- It started from scratch.",
         '"schedule.length": "8 steps"',
@@ -94,8 +79,8 @@ def test_the_model_card_tells_where_the_weights_are_from(chain, tmp_path):
     assert state["commit"] != "unknown"
 
 
-def test_a_card_says_what_is_not_known(chain, tmp_path):
-    alone = shutil.copytree(chain / "finetune", tmp_path / "alone", ignore=shutil.ignore_patterns("checkpoints"))
+def test_a_card_says_what_is_not_known(finished, tmp_path):
+    alone = shutil.copytree(finished / "finetune", tmp_path / "alone", ignore=shutil.ignore_patterns("checkpoints"))
     recipe = json.loads((alone / "recipe.json").read_text()) | {"model.start": "nosuch/weights/model.safetensors"}
     (alone / "recipe.json").write_text(json.dumps(recipe))
     assert main([str(alone), str(tmp_path / "out"), "--licence", "ask me"]) == 0
@@ -105,9 +90,10 @@ def test_a_card_says_what_is_not_known(chain, tmp_path):
     assert "SHA-256 unknown: the file is not here any more\n- The run that made those is not known here." in card
 
 
+@pytest.mark.soak
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch's own
-def test_torch_export_computes_the_same(chain, tmp_path, capsys):
-    assert main([str(chain / "finetune"), str(tmp_path / "out"), "--torch-export"]) == 0
+def test_torch_export_computes_the_same(finished, tmp_path, capsys):
+    assert main([str(finished / "finetune"), str(tmp_path / "out"), "--torch-export"]) == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {*TIMMS, "model.pt2"}
     assert capsys.readouterr().out.count("logits within") == 2
     images = torch.randn(5, 3, 16, 16)
@@ -117,8 +103,8 @@ def test_torch_export_computes_the_same(chain, tmp_path, capsys):
 
 @pytest.mark.soak
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # torch's own
-def test_onnx_computes_the_same(chain, tmp_path, capsys):
-    assert main([str(chain / "finetune"), str(tmp_path / "out"), "--onnx"]) == 0
+def test_onnx_computes_the_same(finished, tmp_path, capsys):
+    assert main([str(finished / "finetune"), str(tmp_path / "out"), "--onnx"]) == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {*TIMMS, "model.onnx"}
     print(capsys.readouterr().out)
     images = torch.randn(5, 3, 16, 16)
@@ -187,17 +173,17 @@ def hub(monkeypatch) -> Iterator[type[Hub]]:
         thread.join()
 
 
-def test_what_was_exported_is_pushed_whole(chain, tmp_path, hub, capsys):
+def test_what_was_exported_is_pushed_whole(finished, tmp_path, hub, capsys):
     out = tmp_path / "out"
-    assert main([str(chain / "finetune"), str(out), "--push", "me/model"]) == 0
+    assert main([str(finished / "finetune"), str(out), "--push", "me/model"]) == 0
     assert "/me/model/commit/1" in capsys.readouterr().out
     assert hub.files == {path.name: path.read_bytes() for path in out.iterdir()}
     assert set(hub.files) == TIMMS
 
 
-def test_a_hub_that_does_not_let_us_in(chain, tmp_path, hub, monkeypatch, capsys):
+def test_a_hub_that_does_not_let_us_in(finished, tmp_path, hub, monkeypatch, capsys):
     monkeypatch.setattr(hub, "status", 403)
-    told = refused(capsys, chain / "finetune", tmp_path / "out", "--push", "me/model")
+    told = refused(capsys, finished / "finetune", tmp_path / "out", "--push", "me/model")
     assert "out is exported, but cannot be pushed to me/model (" in told
     assert "log in with `hf auth login` or set HF_TOKEN" in told
 
@@ -221,8 +207,8 @@ def seal_again(path: Path) -> None:
     seal(path, {name: flushed_hash(path / name) for name in file_names(path)})
 
 
-def test_no_code_in_a_checkpoint_is_run(chain, tmp_path, capsys):
-    path = shutil.copytree(chain / "finetune" / CHECKPOINT, tmp_path / "step-00000001")
+def test_no_code_in_a_checkpoint_is_run(finished, tmp_path, capsys):
+    path = shutil.copytree(finished / "finetune" / CHECKPOINT, tmp_path / "step-00000001")
     contents = path / "engine" / ".metadata"
     contents.write_bytes(pickle.dumps(Code()))
     assert "checkpoint that is whole (engine/.metadata: its SHA-256" in refused(capsys, path, tmp_path / "out")
@@ -233,15 +219,15 @@ def test_no_code_in_a_checkpoint_is_run(chain, tmp_path, capsys):
     (path / "state.json").write_text(json.dumps(state))
     seal_again(path)
     assert "was saved by zero2, whose files are pickles" in refused(capsys, path, tmp_path / "out")
-    weights = shutil.copytree(chain / "finetune", tmp_path / "run") / "weights" / "ema.safetensors"
+    weights = shutil.copytree(finished / "finetune", tmp_path / "run") / "weights" / "ema.safetensors"
     weights.write_bytes(pickle.dumps(Code()))
     assert "ema.safetensors is not a safetensors file" in refused(capsys, weights, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_what_cannot_be_exported(chain, tmp_path, capsys):
-    run, out = chain / "finetune", tmp_path / "out"
-    assert f"{chain} is no run directory (it has no recipe.json)" in refused(capsys, chain, out)
+def test_what_cannot_be_exported(finished, tmp_path, capsys):
+    run, out = finished / "finetune", tmp_path / "out"
+    assert f"{finished} is no run directory (it has no recipe.json)" in refused(capsys, finished, out)
     assert f"{out} is no run directory" in refused(capsys, out, out)
     told = refused(capsys, run / "weights" / "ema.safetensors", out, "--weights", "model")
     assert "are the weights 'ema', and no 'model'" in told

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from pipeline import sharded
 from pipeline.checkpoint.behind import Behind
-from pipeline.checkpoint.upload import check_destination, upload
+from pipeline.checkpoint.upload import Uploads, check_destination
 from pipeline.checkpoint.whole import (
     difference,
     file_names,
@@ -29,6 +29,7 @@ from pipeline.checkpoint.whole import (
     seal,
     write_bytes,
 )
+from pipeline.recipe import Checkpoint
 from pipeline.sharded import Shard
 from shards.durable import sync_directory
 from shards.errors import UserError
@@ -67,20 +68,24 @@ class Checkpoints:
     """The checkpoints of one run directory, of which the newest `keep` stay; every rank calls every method.
 
     `asynchronous`: what can be copied into memory is written and committed in a thread, one checkpoint at a time, over
-    the group of `world`, which nothing else may use then. `upload`: a URL to copy what is committed to, behind it all.
+    the group of `world`, which nothing else may use then. `uploads` copies what is committed to a store, behind it all.
     """
 
     root: Path
     world: Ranks
     keep: int
     asynchronous: bool = False
-    upload: str = ""
+    uploads: Uploads | None = None
     behind: Behind = field(default_factory=Behind)
-    uploads: Behind = field(default_factory=Behind)
 
-    def check_upload(self) -> None:
-        """Raises UserError where `upload` is given and cannot be written."""
-        self._together(lambda: check_destination(self.upload) if self.upload and self.world.is_main else None)
+    @classmethod
+    def of(cls, run_dir: Path, world: Ranks, section: Checkpoint) -> "Checkpoints":
+        """Those of a run. Raises UserError where they are to be uploaded to where nothing can be written."""
+        uploads = Uploads(section.upload) if section.upload else None
+        found = cls(run_dir / "checkpoints", world, section.keep, section.asynchronous, uploads)
+        if uploads:
+            found._together(lambda: check_destination(uploads.url) if world.is_main else None)
+        return found
 
     def save(self, step: int, engine: Engine, averages: list[Shard], state: dict) -> Path:
         """Commits the state of `step`; older checkpoints are pruned only after that. Asynchronously, it returns when
@@ -112,6 +117,11 @@ class Checkpoints:
         """Returns when no commit is under way; raises UserError, on every rank alike, where it failed."""
         self.behind.wait()
 
+    def wait_for_uploads(self) -> None:
+        """Returns when what was committed is copied, or given up with a message."""
+        if self.uploads:
+            self.uploads.wait()
+
     @contextmanager
     def settled(self) -> Iterator[None]:
         """Waits for the commit and the upload that are under way when the body ends, also by an error, which that of a
@@ -126,7 +136,7 @@ class Checkpoints:
                 print(f"error: {error}", file=sys.stderr, flush=True)
             raise
         finally:
-            self.uploads.wait()
+            self.wait_for_uploads()
 
     def newest(self) -> Path | None:
         """The newest committed checkpoint whose files are what the manifest says; what is not whole is named.
@@ -134,16 +144,18 @@ class Checkpoints:
         Raises UserError where there are some and none is whole: to begin anew would throw the run's record away.
         """
         names = self.world.from_main(sorted((path.name for path in self.root.glob("step-*[0-9]")), reverse=True))
+        damaged: list[str] = []
         for name in names:  # type: ignore[attr-defined]
             found = self._why_not_whole(self.root / name)
             if not found:
                 return self.root / name
+            damaged.append(f"{name}: {found}")
             if self.world.is_main:
                 print(f"checkpoint {name} is not whole ({found}): ignored, an older one is tried", flush=True)
-        if names:
+        if damaged:
             raise UserError(
-                f"none of the {len(names)} checkpoints in {self.root} is whole ({names[0]}: {found}): put one that is "  # type: ignore[index,arg-type]
-                "there from a copy, or begin anew in another --run-dir (or here, once that directory is removed)"
+                f"none of the {len(damaged)} checkpoints in {self.root} is whole ({damaged[0]}): put one that is there "
+                "from a copy, or begin anew in another --run-dir (or here, once that directory is removed)"
             )
         return None
 
@@ -188,16 +200,16 @@ class Checkpoints:
         temporary.rename(final)
         sync_directory(self.root)
         write_bytes(self.root / LATEST, final.name.encode())
-        self.uploads.wait()  # of what may be pruned now
+        if self.uploads:
+            self.uploads.add(final)
         self._prune(final)
-        if self.upload:
-            self.uploads.start(lambda: upload(final, self.upload))
 
     def _prune(self, final: Path) -> None:
         """Removes all but the newest `keep` up to `final` (a later one is not whole, or the run would have resumed from
-        it), and what an interrupted save left."""
-        committed = sorted(path for path in self.root.glob("step-*[0-9]") if path <= final)
-        remove([*committed[: -self.keep], *self.root.glob("step-*" + TEMPORARY)])
+        it), and what an interrupted save left; what is being uploaded goes next time."""
+        older = sorted(path for path in self.root.glob("step-*[0-9]") if path <= final)[: -self.keep]
+        needed = [path for path in older if self.uploads and self.uploads.holds(path)]
+        remove([*(path for path in older if path not in needed), *self.root.glob("step-*" + TEMPORARY)])
 
     def _why_not_whole(self, path: Path) -> str:
         manifest = self.world.from_main(read_manifest(path))

@@ -1,15 +1,57 @@
 """Copies of committed checkpoints at a URL of fsspec's, an object store's say: COMMITTED comes last there, too."""
 
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 from fsspec.core import url_to_fs
 
+from pipeline.checkpoint.behind import Behind
 from pipeline.checkpoint.whole import COMMITTED, file_names
 from shards.errors import UserError
 
 PROBE = "writable"
+
+
+class Uploads:
+    """Copies checkpoints to a URL in a thread of its own, one at a time. One that a newer one overtakes while it waits
+    is left out: a slow store delays neither the training nor its commits."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._lock = threading.Lock()
+        self._behind = Behind()
+        self._next: Path | None = None
+        self._now: Path | None = None
+
+    def add(self, directory: Path) -> None:
+        with self._lock:
+            if self._next is not None:
+                _say(f"checkpoint {self._next.name} is not uploaded: {self.url} is slower than they come")
+            self._next = directory
+            idle = self._now is None
+            self._now = self._now or directory
+        if idle:
+            self._behind.start(self._run)
+
+    def holds(self, directory: Path) -> bool:
+        """Whether it is still needed here."""
+        with self._lock:
+            return directory in (self._next, self._now)
+
+    def wait(self) -> None:
+        """Returns when nothing is left to copy."""
+        self._behind.wait()
+
+    def _run(self) -> None:
+        while (directory := self._take()) is not None:
+            upload(directory, self.url)
+
+    def _take(self) -> Path | None:
+        with self._lock:
+            self._now, self._next = self._next, None
+            return self._now
 
 
 def check_destination(url: str) -> None:
@@ -33,11 +75,9 @@ def upload(directory: Path, url: str) -> None:
         system, root = url_to_fs(url)
         _copy(directory, system, f"{root}/{directory.name}")
     except Exception as error:  # each library has its own
-        print(
+        _say(
             f"error: checkpoint {directory.name} is whole here, but was not uploaded to {url} "
-            f"({type(error).__name__}: {error}); the run goes on",
-            file=sys.stderr,
-            flush=True,
+            f"({type(error).__name__}: {error}); the run goes on"
         )
 
 
@@ -63,3 +103,7 @@ def _put(directory: Path, name: str, system: Any, target: str) -> None:
 
 def _size(system: Any, path: str) -> int:
     return system.info(path)["size"]
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

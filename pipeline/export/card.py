@@ -104,8 +104,10 @@ def _lineage(source: Source) -> Iterator[str]:
     """Facts, from these weights to those that everything began with."""
     yield f"These weights: `{source.path}`"
     recipe: Recipe | None = source.recipe
-    run_dir, state = source.run_dir, source.state
-    while recipe is not None:
+    run_dir, state = source.run_dir.absolute(), source.state
+    told: list[Path] = []  # a run may be given its own weights to start anew from
+    while recipe is not None and run_dir not in told:
+        told.append(run_dir)
         yield _run_facts(run_dir, recipe, state)
         if not recipe.model.start:
             yield "It started from scratch."
@@ -115,7 +117,7 @@ def _lineage(source: Source) -> Iterator[str]:
         run_dir = start.absolute().parents[1]
         recipe = read_recipe(run_dir) if (run_dir / RECIPE).is_file() else None
         state = newest_state(run_dir)
-    yield "The run that made those is not known here."
+    yield "The run that made those is told above." if recipe else "The run that made those is not known here."
 
 
 def _run_facts(run_dir: Path, recipe: Recipe, state: dict) -> str:

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -30,6 +30,14 @@ def behind(alone, tmp_path) -> Checkpoints:
     return Checkpoints(tmp_path / "checkpoints", alone, keep=2, asynchronous=True)
 
 
+@pytest.fixture
+def go_on() -> Iterator[threading.Event]:
+    """What a commit may wait for."""
+    event = threading.Event()
+    yield event
+    event.set()  # also where the test has failed: pytest would wait for the thread
+
+
 def before_writing(backend: Backend, act: Callable[[], None]) -> Backend:
     """The backend, whose writer calls `act` first, in the thread of the commit."""
     stage = backend.stage_engine
@@ -48,8 +56,8 @@ def before_writing(backend: Backend, act: Callable[[], None]) -> Backend:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_training_goes_on_while_a_copy_is_committed(behind, make_backend, train, strategy):
-    backend, go_on = make_backend(strategy), threading.Event()
+def test_training_goes_on_while_a_copy_is_committed(behind, make_backend, train, go_on, strategy):
+    backend = make_backend(strategy)
     train(backend, 1)
     expected = {shard.name: shard.tensor.clone() for shard in backend.shards()}
     averages = Shard("w", torch.ones(2), 0, 2)
@@ -86,8 +94,8 @@ def test_what_low_precision_keeps_beside_is_copied_too(behind, make_backend, tra
     assert backend.scaler.get_scale() == scale
 
 
-def test_a_save_waits_for_the_one_before(behind, make_backend):
-    go_on, waiting = threading.Event(), threading.Event()
+def test_a_save_waits_for_the_one_before(behind, make_backend, go_on):
+    waiting = threading.Event()
     first, second = before_writing(make_backend("ddp"), go_on.wait), make_backend("ddp")
     behind.save(1, first, [], {})
     committed: list[bool] = []

@@ -1,5 +1,6 @@
 """Checkpoints: committed whole, pruned after that, and only whole ones found again."""
 
+import json
 import os
 import re
 import shutil
@@ -130,21 +131,24 @@ def test_where_nothing_can_be_written(alone, backend, tmp_path, save):
         save(Checkpoints(tmp_path / "checkpoints", alone, keep=1), backend, 4)
 
 
-def test_a_run_goes_on_from_the_newest_that_is_whole_and_never_from_nothing(start, small, tmp_path):
-    """Checkpoints of steps 6 and 8 are kept."""
-    options = ["--debug", *small, "--run-dir", str(tmp_path / "run")]
-    assert start("recipes/pretrain_21k.py", options).wait().codes == [0]
-    whole = ranks.metrics(tmp_path / "run")
-    kept = tmp_path / "run" / "checkpoints"
+def test_a_run_goes_on_from_the_newest_that_is_whole_and_never_from_nothing(finished, start, tmp_path):
+    """Checkpoints of steps 4 and 8 are kept."""
+    run = shutil.copytree(finished / "finetune", tmp_path / "run")
+    leaves = json.loads((run / "recipe.json").read_text())
+    options = ["--debug", "--run-dir", str(run), "--data.workers", "0", "--schedule.length", "8 steps"]
+    names = ("data.path", "data.global_batch", "augment.image_size", "model.embed_dim", "model.start")
+    for name in (*names, "evaluation.batch"):
+        options += [f"--{name}".replace("_", "-"), str(leaves[name])]
+    whole, kept = ranks.metrics(run), run / "checkpoints"
     truncate(kept / "step-00000008" / "engine" / "__0_0.distcp")
-    again = start("recipes/pretrain_21k.py", options).wait()
+    again = start("recipes/finetune_1k.py", options).wait()
     assert again.codes == [0], again.outputs
     assert "checkpoint step-00000008 is not whole (engine/__0_0.distcp: its SHA-256" in again.outputs[0]
-    assert "steps 6 to 8" in again.outputs[0]
-    assert ranks.metrics(tmp_path / "run") == whole
+    assert "steps 4 to 8" in again.outputs[0]
+    assert ranks.metrics(run) == whole
     for path in kept.glob("step-*"):
         flip(path / "manifest.json")
-    refused = start("recipes/pretrain_21k.py", options).wait()
+    refused = start("recipes/finetune_1k.py", options).wait()
     assert refused.codes == [2], refused.outputs
     assert "error: none of the 2 checkpoints in" in refused.outputs[0]
-    assert ranks.metrics(tmp_path / "run") == whole
+    assert ranks.metrics(run) == whole

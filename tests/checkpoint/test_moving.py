@@ -21,13 +21,13 @@ STEPS, LEG = 9, 3
 TOLERANCE = 1e-5
 LAUNCHES = (2, 1, 2)
 """Ranks of each."""
+WHOLE = "whole"
 MOVES = {
     "fsdp 2-1-2": (["fsdp"], ["fsdp"], ["fsdp"]),
     "ddp 2, fsdp 2, ddp 1": (["ddp", "fsdp"], ["ddp"], []),
     **{f"{stage} 2-1-2": ([stage], [stage], [stage]) for stage in ZERO},
 }
 """Strategies of a run's legs, by launch."""
-WHOLE = "whole"
 
 
 class SignalledAt(SummedOverHeads):
@@ -83,19 +83,7 @@ def launch(options: list[str], root: Path, number: int) -> None:
     leave(0)
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory, shards):
-    root = tmp_path_factory.mktemp("moving")
-    options = ["--data.path", str(shards), "--data.global-batch", "16", "--augment.image-size", "16"]
-    options += ["--model.embed-dim", "24", "--evaluation.batch", "8", "--data.workers", "0"]
-    for number, size in enumerate(LAUNCHES):
-        ended = ranks.run_function(launch, (options, root, number), root / "logs", size).wait()
-        assert ended.codes == [0] * size, "\n".join(ended.outputs)
-    return root
-
-
-@pytest.mark.parametrize("name", MOVES)
-def test_a_run_that_moves_is_the_run_that_stays(runs, name):
+def check_same(runs: Path, name: str) -> None:
     expected, found = ranks.metrics(runs / WHOLE), ranks.metrics(runs / name)
     assert len(expected) == STEPS + 1
     for line, reference in zip(found, expected, strict=True):
@@ -103,5 +91,13 @@ def test_a_run_that_moves_is_the_run_that_stays(runs, name):
         assert line == pytest.approx(reference, rel=TOLERANCE)
 
 
-def test_nothing_is_left_of_the_conversion(runs):
-    assert not list(runs.glob("zero* 2-1-2/checkpoints/*.tmp"))
+@pytest.mark.soak
+def test_runs_that_move_are_the_run_that_stays(tmp_path, shards):
+    options = ["--data.path", str(shards), "--data.global-batch", "16", "--augment.image-size", "16"]
+    options += ["--model.embed-dim", "24", "--evaluation.batch", "8", "--data.workers", "0"]
+    for number, size in enumerate(LAUNCHES):
+        ended = ranks.run_function(launch, (options, tmp_path, number), tmp_path / "logs", size).wait()
+        assert ended.codes == [0] * size, "\n".join(ended.outputs)
+    for name in MOVES:
+        check_same(tmp_path, name)
+    assert not list(tmp_path.glob("zero* 2-1-2/checkpoints/*.tmp")), "nothing is left of the conversion"
