@@ -24,7 +24,7 @@ from pipeline.data.loading import Loading, serve_workers
 from pipeline.data.quarantine import Quarantine
 from pipeline.data.samples import Samples
 from pipeline.data.stream import TrainStream
-from pipeline.divergence import Skips
+from pipeline.divergence import Skips, Spikes
 from pipeline.ema import EMA
 from pipeline.evaluate import Evaluator, Variants, head_names
 from pipeline.loss import SummedOverHeads
@@ -102,6 +102,7 @@ class Run:
     record: Record
     quarantine: Quarantine
     skips: Skips
+    spikes: Spikes
     progress: Progress = field(default_factory=Progress)
 
     @property
@@ -136,8 +137,8 @@ def prepare(recipe: Recipe, world: World) -> Run:
     record = Record(run_dir, world.is_main, recipe.data.global_batch)
     budget = Budget(recipe.data.max_bad).allows(given.stream.plan.num_samples)
     quarantine = Quarantine(run_dir, world, recipe.data.train, budget)
-    skips = Skips(run_dir, world, recipe.runtime.max_skipped)
-    run = Run(recipe, world, durations, given, learner, checkpoints, record, quarantine, skips)
+    skips, spikes = Skips(run_dir, world, recipe.runtime.max_skipped), Spikes(recipe.runtime.spike)
+    run = Run(recipe, world, durations, given, learner, checkpoints, record, quarantine, skips, spikes)
     begin(run, newest)
     if world.is_main:
         keep_recipe(run_dir, recipe)
@@ -168,13 +169,20 @@ def restore(run: Run, path: Path) -> None:
             f"{world.size} ranks of {strategy}: DeepSpeed's files fit the same ZeRO stage alone, on as many ranks; "
             "start it with the launch file that it began with, or begin anew in another --run-dir"
         )
-    run.checkpoints.load(path, run.learner.backend, run.learner.averages())
+    load(run, path)
     run.progress.start = run.progress.saved = state["step"]
     run.progress.seconds_before = state["seconds"]
-    if run.learner.ema:
-        run.learner.ema.num_updates = state["ema_updates"]
     if moved:
         seed_rank(run, state["step"])
+
+
+def load(run: Run, path: Path) -> None:
+    """What a checkpoint of this run holds of its learner."""
+    state = read_state(path)
+    run.checkpoints.load(path, run.learner.backend, run.learner.averages())
+    run.spikes.resume(state["losses"])
+    if run.learner.ema:
+        run.learner.ema.num_updates = state["ema_updates"]
 
 
 def seed_rank(run: Run, step: int) -> None:
@@ -266,19 +274,13 @@ def make_learner(recipe: Recipe, world: World, model: nn.Module, schedule: Warmu
     section = recipe.optimizer
     names = head_names(model)
     make_optimizer = functools.partial(adamw, betas=section.betas, eps=section.eps, weight_decay=section.weight_decay)
-    options = make_options(recipe)
+    options = StepOptions.of(recipe)
     micro_batch = recipe.data.global_batch // world.size // recipe.data.accumulation
     backend = wrap(world, model, make_optimizer, micro_batch, options)
     ema = EMA(backend, recipe.ema_decay) if recipe.ema_decay else None
     variants: Variants = {"": nullcontext} | ({"ema_": ema.swap} if ema else {})
     evaluator = Evaluator(backend, names, variants, num_evaluated)
     return Learner(backend, SummedOverHeads(recipe.loss), schedule, ema, evaluator)
-
-
-def make_options(recipe: Recipe) -> StepOptions:
-    runtime, clip_norm = recipe.runtime, recipe.optimizer.clip_norm
-    layers = runtime.compile, runtime.activation_checkpointing
-    return StepOptions(recipe.data.accumulation, clip_norm, runtime.precision, runtime.fsdp_replicas, *layers)
 
 
 def make_deterministic(recipe: Recipe) -> None:

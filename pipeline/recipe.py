@@ -153,7 +153,11 @@ class Runtime:
     activation_checkpointing: int = 0
     """Every how-manieth layer drops its activations, and computes them again in the backward pass; 0 keeps all."""
     max_skipped: int = 3
-    """Steps of the run that may be skipped, because a loss or the gradient norm is not finite, before it stops."""
+    """Steps of the run that may be skipped, because a loss or the gradient norm is not finite or spikes, before it
+    stops."""
+    spike: float = 0.0
+    """A step whose loss is over so many times the median of the last 50 takes the run back to its newest checkpoint,
+    and on from the batch after it; 0 never does."""
     fsdp_replicas: int = 1
     """FSDP2: groups of neighbouring ranks that hold a whole model each, in shards; 1 shards it over all ranks."""
     processes: int = 0
