@@ -1,8 +1,10 @@
-"""Steps that were not applied, because a loss or the gradient norm was not finite: written down, and bounded."""
+"""What is done about steps that go wrong: losses and gradient norms that are not finite, and losses that leap up."""
 
 import json
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from pipeline.backend import Stepped, World
@@ -11,11 +13,38 @@ from shards.durable import atomic_file
 from shards.errors import UserError
 
 SKIPPED = "skipped.jsonl"
+WINDOW, FEWEST = 50, 10
+
+
+class Spikes:
+    """A loss over `factor` times the median of the last WINDOW (at least FEWEST) is a spike; 0 never sees one."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+        self.losses: deque[float] = deque(maxlen=WINDOW)
+
+    def limit(self) -> float:
+        """What no loss may exceed now."""
+        seen = self.factor and len(self.losses) >= FEWEST
+        return self.factor * median(self.losses) if seen else float("inf")
+
+    def met(self, loss: float) -> bool:
+        """Whether the loss of a step is a spike; where it is none, it counts for what is one later."""
+        if loss > self.limit():
+            return True
+        self.losses.append(loss)
+        return False
+
+    def resume(self, losses: Sequence[float]) -> None:
+        """Goes on with the losses of a checkpoint."""
+        self.losses.clear()
+        self.losses.extend(losses)
 
 
 class Skips:
-    """RUN/skipped.jsonl: a line for every step that left the weights as they were, with its samples in the order of the
-    global batch, written by rank 0. The budget is on such steps of the whole run; all ranks call every method."""
+    """RUN/skipped.jsonl: a line for every step that changed nothing, or whose changes were taken back, with its samples
+    in the order of the global batch, written by rank 0. The budget is on such steps of the whole run; all ranks call
+    every method."""
 
     def __init__(self, run_dir: Path, world: World, budget: int) -> None:
         self._path, self._world, self._budget = run_dir / SKIPPED, world, budget
@@ -33,19 +62,18 @@ class Skips:
         if self._world.is_main and len(lines) > len(self._lines):
             self._write()
 
-    def note(self, step: int, stepped: Stepped, batches: Sequence[Batch]) -> None:
+    def note(self, step: int, stepped: Stepped, batches: Sequence[Batch], outcome: str) -> None:
         """What became of `step`, and this rank's micro-batches of it.
 
         Raises UserError, on all ranks, where more steps were skipped than the budget allows.
         """
-        if stepped.applied:
-            return
-        loss = self._world.sum([stepped.loss.item()])[0] / self._world.size
         samples = self._world.gather([sample for batch in batches for sample in batch.ids.tolist()])
-        line = {"step": step, "loss": str(loss), "grad_norm": str(stepped.grad_norm.item())}
-        self._lines.append(line | {"samples": [sample for rank in samples for sample in rank]})
+        # As text: JSON has no word for what is not finite.
+        line = {"step": step, "loss": str(stepped.loss.item()), "grad_norm": str(stepped.grad_norm.item())}
+        line |= {"outcome": outcome, "samples": [sample for rank in samples for sample in rank]}
+        self._lines.append(line)
         if self._world.is_main:
-            print(f"step {step} is skipped: loss {line['loss']}, gradient norm {line['grad_norm']}", flush=True)
+            print(f"step {step}: loss {line['loss']}, gradient norm {line['grad_norm']}: {outcome}", flush=True)
             self._write()
         self._check()
 

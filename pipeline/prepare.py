@@ -2,9 +2,7 @@
 
 import functools
 import os
-import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,7 @@ from pipeline import optim
 from pipeline.augment.exact import EvalTransform, TrainTransform
 from pipeline.augment.fast import FastTrainTransform
 from pipeline.augment.mixing import Mixing
-from pipeline.backend import Backend, Criterion, StepOptions, World, wrap
+from pipeline.backend import StepOptions, World, wrap
 from pipeline.best import Best
 from pipeline.checkpoint import Checkpoints, read_state
 from pipeline.data.device import DeviceAugment
@@ -23,15 +21,15 @@ from pipeline.data.loading import Loading, serve_workers
 from pipeline.data.quarantine import Quarantine
 from pipeline.data.samples import Samples
 from pipeline.data.stream import TrainStream
-from pipeline.divergence import Skips
+from pipeline.divergence import Skips, Spikes
 from pipeline.ema import EMA
 from pipeline.evaluate import Evaluator, Variants, head_names
 from pipeline.loss import SummedOverHeads
 from pipeline.models.build import give_start, make_model
 from pipeline.optim import WarmupCosine
 from pipeline.recipe import Recipe
-from pipeline.record import Record, check_same_recipe, check_writable, code_version, keep_recipe, kept_metrics
-from pipeline.sharded import Shard
+from pipeline.record import Record, check_same_recipe, check_writable, keep_recipe, kept_metrics
+from pipeline.run import Durations, Input, Learner, Run
 from pipeline.validate import num_steps, validate
 from shards.budget import Budget
 from shards.errors import UserError
@@ -39,77 +37,6 @@ from shards.index import Index
 from shards.plan import GlobalShuffle, Plan, Shuffle, WindowShuffle, check_layout, default_runs
 from shards.reader import Reader
 from shards.store import Store, StoreOptions, open_data
-
-
-@dataclass(frozen=True)
-class Durations:
-    """The recipe's durations in optimizer steps."""
-
-    total: int
-    log: int
-    save: int
-    evaluate: int
-
-
-@dataclass(frozen=True)
-class Input:
-    """Samples on their way to the model."""
-
-    stream: TrainStream
-    augment: DeviceAugment
-    validation: Samples
-
-
-@dataclass(frozen=True)
-class Learner:
-    """The model and what moves and judges it."""
-
-    backend: Backend
-    criterion: Criterion
-    schedule: WarmupCosine
-    ema: EMA | None
-    evaluator: Evaluator
-
-    def averages(self) -> list[Shard]:
-        return self.ema.state() if self.ema else []
-
-
-@dataclass
-class Progress:
-    """`start` steps were done when the run was built; `saved` are in its newest checkpoint. For checkpoints, training
-    has stood still for `save_seconds` since then."""
-
-    start: int = 0
-    saved: int = 0
-    save_seconds: float = 0.0
-    seconds_before: float = 0.0
-    commit: str = field(default_factory=code_version)
-    began: float = field(default_factory=time.monotonic)
-
-    def seconds(self) -> float:
-        """Time spent on the run, earlier attempts included up to the checkpoint they were continued from."""
-        return self.seconds_before + time.monotonic() - self.began
-
-
-@dataclass(frozen=True)
-class Run:
-    """What the loop works with, on one rank."""
-
-    recipe: Recipe
-    world: World
-    durations: Durations
-    input: Input
-    learner: Learner
-    checkpoints: Checkpoints
-    record: Record
-    quarantine: Quarantine
-    skips: Skips
-    best: Best
-    progress: Progress = field(default_factory=Progress)
-
-    @property
-    def run_dir(self) -> Path:
-        return Path(self.recipe.run_dir)
 
 
 def prepare(recipe: Recipe, world: World) -> Run:
@@ -145,8 +72,8 @@ def prepare(recipe: Recipe, world: World) -> Run:
     quarantine = Quarantine(run_dir, world, recipe.data.train, budget)
     kept = kept_metrics(run_dir, read_state(newest)["step"] if newest else 0) if world.is_main else []
     best = Best.of(learner.evaluator.head_names, world.from_main(kept))
-    skips = Skips(run_dir, world, recipe.runtime.max_skipped)
-    run = Run(recipe, world, durations, given, learner, checkpoints, record, quarantine, skips, best)
+    skips, spikes = Skips(run_dir, world, recipe.runtime.max_skipped), Spikes(recipe.runtime.spike)
+    run = Run(recipe, world, durations, given, learner, checkpoints, record, quarantine, skips, spikes, best)
     begin(run, newest)
     if world.is_main:
         keep_recipe(run_dir, recipe)
@@ -177,13 +104,20 @@ def restore(run: Run, path: Path) -> None:
             f"{world.size} ranks of {strategy}: DeepSpeed's files fit the same ZeRO stage alone; start it with the "
             "launch file that it began with (on any number of ranks), or begin anew in another --run-dir"
         )
-    run.checkpoints.load(path, run.learner.backend, run.learner.averages())
+    load(run, path)
     run.progress.start = run.progress.saved = state["step"]
     run.progress.seconds_before = state["seconds"]
-    if run.learner.ema:
-        run.learner.ema.num_updates = state["ema_updates"]
     if moved:
         seed_rank(run, state["step"])
+
+
+def load(run: Run, path: Path) -> None:
+    """What a checkpoint of this run holds of its learner."""
+    state = read_state(path)
+    run.checkpoints.load(path, run.learner.backend, run.learner.averages())
+    run.spikes.resume(state["losses"])
+    if run.learner.ema:
+        run.learner.ema.num_updates = state["ema_updates"]
 
 
 def seed_rank(run: Run, step: int) -> None:
@@ -248,19 +182,13 @@ def make_learner(recipe: Recipe, world: World, model: nn.Module, schedule: Warmu
     names = head_names(model)
     groups = optim.group(model, section.layer_decay)
     make_optimizer = functools.partial(optim.make_optimizer, section=section, groups=groups)
-    options = make_options(recipe)
+    options = StepOptions.of(recipe)
     micro_batch = recipe.data.global_batch // world.size // recipe.data.accumulation
     backend = wrap(world, model, make_optimizer, micro_batch, options)
     ema = EMA(backend, recipe.ema_decay) if recipe.ema_decay else None
     variants: Variants = {"": nullcontext} | ({"ema_": ema.swap} if ema else {})
     evaluator = Evaluator(backend, names, variants, num_evaluated)
     return Learner(backend, SummedOverHeads(recipe.loss), schedule, ema, evaluator)
-
-
-def make_options(recipe: Recipe) -> StepOptions:
-    runtime, clip_norm = recipe.runtime, recipe.optimizer.clip_norm
-    layers = runtime.compile, runtime.activation_checkpointing
-    return StepOptions(recipe.data.accumulation, clip_norm, runtime.precision, runtime.fsdp_replicas, *layers)
 
 
 def make_deterministic(recipe: Recipe) -> None:

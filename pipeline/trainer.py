@@ -8,7 +8,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
@@ -17,10 +17,12 @@ import torch.distributed as dist
 from safetensors.torch import save as as_safetensors
 
 from pipeline.backend import Stepped, World, start
+from pipeline.data.batch import Batch
 from pipeline.data.stream import evaluation_batches
-from pipeline.prepare import Run, prepare
+from pipeline.prepare import load, prepare
 from pipeline.recipe import Recipe, Runtime, flatten
 from pipeline.record import forget_outcome, last_step, read_outcome, weights_path, write_outcome
+from pipeline.run import Run
 from shards.crop import has_crop_decode
 from shards.durable import atomic_file
 from shards.errors import UserError
@@ -78,9 +80,7 @@ def train(run: Run) -> str:
             learner.backend.set_lr(learner.schedule(step))
             stepped = learner.backend.step(learner.criterion, [run.input.augment(batch) for batch in micro_batches])
             done = step + 1
-            run.skips.note(done, stepped, micro_batches)
-            if learner.ema and stepped.applied:
-                learner.ema.update()
+            settle(run, done, stepped, micro_batches)
             run.record.step(done)
             if due(done, every.log, total) and stepped.applied:
                 log(run, done, stepped)
@@ -93,16 +93,35 @@ def train(run: Run) -> str:
         return finish(run)
 
 
+def settle(run: Run, done: int, stepped: Stepped, batches: Sequence[Batch]) -> None:
+    """The average follows a sound step; one that is not finite is passed over; one whose loss leaps up takes the run
+    back to its newest checkpoint, from where it goes on with the batches after this one.
+
+    Raises UserError where that happens more often than the recipe allows.
+    """
+    if not stepped.applied:
+        run.skips.note(done, stepped, batches, "the weights stay as they were")
+    elif run.spikes.met(stepped.loss.item()):
+        run.checkpoints.wait()
+        path = run.checkpoints.newest()
+        back = f"the weights are those of {path.name} again" if path else "there is no checkpoint yet, the run goes on"
+        run.skips.note(done, stepped, batches, f"a spike, above {run.spikes.limit():.4g}: {back}")
+        if path:
+            load(run, path)
+    elif run.learner.ema:
+        run.learner.ema.update()
+
+
 def due(step: int, every: int, total: int) -> bool:
     """Whether what happens every `every` steps, and at the end, happens after `step` of them."""
     return step > 0 and (step % every == 0 or step == total)
 
 
 def log(run: Run, done: int, stepped: Stepped) -> None:
-    """One line of metrics, with the mean loss over the global batch."""
+    """One line of metrics."""
     values = {
         "epoch": done / run.input.stream.plan.batches_per_epoch,
-        "loss": run.world.sum([stepped.loss.item()])[0] / run.world.size,
+        "loss": stepped.loss.item(),
         "lr": run.learner.schedule(done - 1),
         "grad_norm": stepped.grad_norm.item(),
     }
@@ -136,6 +155,7 @@ def save(run: Run, done: int) -> None:
     state = {
         "data": run.input.stream.state(done),
         "ema_updates": run.learner.ema.num_updates if run.learner.ema else 0,
+        "losses": list(run.spikes.losses),
         "seconds": run.progress.seconds(),
         "world": run.world.size,
         "strategy": run.learner.backend.name,

@@ -51,6 +51,12 @@ def atomic_file(path: Path) -> Iterator[HashedFile]:
             raise
 
 
+def replace_text(path: Path, text: str) -> None:
+    """An `atomic_file` of text."""
+    with atomic_file(path) as file:
+        file.write(text.encode())
+
+
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """Holds the OS lock of `directory`, which dies with the process; UserError where another process holds it."""

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import ranks
@@ -17,8 +17,9 @@ from pipeline import sharded
 from pipeline.backend import World
 from pipeline.backend.base import skipped
 from pipeline.loss import SummedOverHeads
-from pipeline.prepare import Run, prepare
+from pipeline.prepare import prepare
 from pipeline.recipe import Recipe, parse
+from pipeline.run import Run
 from pipeline.trainer import train
 from recipes import finetune_1k
 
@@ -99,6 +100,19 @@ def bad_gradient(loss: torch.Tensor) -> torch.Tensor:
     return loss + 0 * torch.sqrt(loss - loss.detach())
 
 
+class Spiked(Whole):
+    """On the last rank the loss of step SPIKE leaps up."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        self.factor = 100 if run.world.rank == run.world.size - 1 else 1
+
+    def __call__(self, outputs, targets):
+        loss = super().__call__(outputs, targets)
+        return self.factor * loss if next(self.calls) // self.accumulation + 1 == SPIKE else loss
+
+
+SPIKE, WATCHED = 14, ["--runtime.spike", "3"]
 INJURIES = {3: (-1, lambda loss: loss * float("nan")), 5: (0, lambda loss: loss / 0), 7: (-1, bad_gradient)}
 """Step -> which of its micro-batches, and what becomes of the loss: as many as runtime.max_skipped allows."""
 
@@ -119,25 +133,25 @@ def stop(recipe: Recipe, world: World, after: int, kind: type[Whole]) -> None:
     world.stop.raised = False
 
 
-def fit_injured(recipe: Recipe, world: World) -> None:
+def fit_injured(recipe: Recipe, world: World, kind: type[Whole] = Injured) -> None:
     run = prepare(recipe, world)
-    train_injured(run)
+    train_injured(run, kind)
     run.learner.backend.close()
 
 
-def train_injured(run: Run) -> None:
-    """To the end, through INJURIES."""
-    learner = dataclasses.replace(run.learner, criterion=Injured(run))
+def train_injured(run: Run, kind: type[Whole] = Injured) -> None:
+    """To the end, through what goes wrong."""
+    learner = dataclasses.replace(run.learner, criterion=kind(run))
     assert train(dataclasses.replace(run, learner=learner)) == "done"
 
 
-def fit_without(recipe: Recipe, world: World) -> None:
-    """What an injured run must come to: in the steps of INJURIES nothing at all is done."""
+def fit_without(recipe: Recipe, world: World, left_out: Collection[int]) -> None:
+    """What an injured run must come to: in the steps that are left out nothing at all is done."""
     run = prepare(recipe, world)
     step, count = run.learner.backend.step, itertools.count(1)
 
     def leave_out(criterion, batches):
-        return skipped([torch.tensor(0.0)]) if next(count) in INJURIES else step(criterion, batches)
+        return skipped([0.0]) if next(count) in left_out else step(criterion, batches)
 
     run.learner.backend.step = leave_out
     assert train(run) == "done"

@@ -8,8 +8,11 @@ import pytest
 import ranks
 from strategies import (
     INJURIES,
+    SPIKE,
+    WATCHED,
     ZERO,
     Injured,
+    Spiked,
     Whole,
     check_cut,
     check_reads,
@@ -34,7 +37,8 @@ THOROUGH = ("ddp", "fsdp", "zero2")  # also stopped with drop path on, and in bf
 STRATEGIES = ("ddp", "fsdp", *ZERO)
 DROP_PATH, BF16 = ["--model.drop-path-rate", "0.2"], ["--runtime.precision", "bf16"]
 TOLERANCE, BF16_TOLERANCE = 1e-5, 2e-3
-WEIGHTS = Path("weights") / "model.safetensors"
+ROLLED_BACK = ("spiked", "rolled-back")
+WEIGHTS = [Path("weights") / f"{name}.safetensors" for name in ("model", "ema", "best_model", "best_ema")]
 
 
 def fit_each(strategies: tuple[str, ...], data: Path, root: Path, alone: Path) -> None:
@@ -43,7 +47,11 @@ def fit_each(strategies: tuple[str, ...], data: Path, root: Path, alone: Path) -
     that is stopped and resumed, and one in bf16."""
     world = start("cpu")
     if world.size == 1:
-        fit_without(recipe_of(data, root / "without", STEPS), world)
+        fit_without(recipe_of(data, root / "without", STEPS), world, INJURIES)
+        lost = range(STEPS // 2 + 1, SPIKE + 1)
+        patient = ["--runtime.max-skipped", str(len(lost))]
+        fit_without(recipe_of(data, root / "rolled-back", STEPS, patient), world, lost)
+        fit_injured(recipe_of(data, root / "spiked", STEPS, WATCHED), world, Spiked)
     check_ranks_that_see_the_same_samples(place(world, "ddp", root), recipe_of(data, root / "same", STEPS))
     for strategy in strategies:
         placed = place(world, strategy, root)
@@ -119,7 +127,22 @@ def runs(tmp_path_factory, shards):
 def test_a_step_that_is_not_finite_leaves_nothing_behind(runs):
     injured, without = runs / "one" / "ddp", runs / "one" / "without"
     assert ranks.metrics(injured) == ranks.metrics(without)
-    assert (injured / WEIGHTS).read_bytes() == (without / WEIGHTS).read_bytes()
+    for weights in WEIGHTS:
+        assert (injured / weights).read_bytes() == (without / weights).read_bytes()
+
+
+def test_a_spike_takes_the_run_back_to_its_newest_checkpoint(runs):
+    (line,) = lines_of(runs / "one" / "spiked" / "skipped.jsonl")
+    assert line["step"] == SPIKE
+    assert line["outcome"].startswith("a spike, above ")
+    assert line["outcome"].endswith("the weights are those of step-00000010 again")
+    after, expected = (
+        [line for line in ranks.metrics(runs / "one" / run) if line["step"] > SPIKE] for run in ROLLED_BACK
+    )
+    assert len(after) == STEPS - SPIKE + 1
+    assert after == expected
+    for weights in WEIGHTS:
+        assert len({(runs / "one" / run / weights).read_bytes() for run in ROLLED_BACK}) == 1
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -162,6 +185,5 @@ def test_a_stopped_run_resumes_bitwise(runs, run):
     whole = runs / (f"{run}-whole" if run.partition("/")[2] in THOROUGH else run)
     resumed = runs / f"{run}-resumed"
     assert ranks.metrics(resumed) == ranks.metrics(whole)
-    for name in ("model", "ema", "best_model", "best_ema"):
-        weights = Path("weights") / f"{name}.safetensors"
+    for weights in WEIGHTS:
         assert (resumed / weights).read_bytes() == (whole / weights).read_bytes()

@@ -8,7 +8,18 @@ import pytest
 import ranks
 import torch
 from safetensors.torch import load_file
-from strategies import ZERO, check_cut, check_reads, fit_injured, half_of, place, recipe_of
+from strategies import (
+    SPIKE,
+    WATCHED,
+    ZERO,
+    Spiked,
+    check_cut,
+    check_reads,
+    fit_injured,
+    half_of,
+    place,
+    recipe_of,
+)
 
 from pipeline.backend import start
 from pipeline.prepare import prepare
@@ -59,6 +70,26 @@ def test_every_strategy_trains_alike_and_resumes_bitwise(shards, tmp_path, accum
         assert ranks.metrics(tmp_path / "many" / f"{strategy}-resumed") == found
         worst = max(difference(*lines) for lines in zip(found, expected, strict=True))
         print(f"\n{size} ranks, accumulation {accumulation}, {strategy}: {worst:.1e} from one process at most")
+        assert worst < TOLERANCE
+
+
+def fit_spiked(strategies: tuple[str, ...], data: Path, root: Path) -> None:
+    world = start("cpu")
+    for strategy in strategies:
+        fit_injured(recipe_of(data, root / strategy, STEPS, WATCHED), place(world, strategy, root), Spiked)
+    leave(0)
+
+
+def test_every_strategy_goes_back_when_the_loss_spikes(shards, tmp_path):
+    for size, strategies, root in ((1, ("ddp",), tmp_path / "one"), (2, STRATEGIES, tmp_path / "two")):
+        ended = ranks.run_function(fit_spiked, (strategies, shards, root), tmp_path / "logs", size).wait()
+        assert set(ended.codes) == {0}, "\n".join(ended.outputs)
+    expected = ranks.metrics(tmp_path / "one" / "ddp")
+    for strategy in STRATEGIES:
+        assert "step-00000010 again" in (tmp_path / "two" / strategy / "skipped.jsonl").read_text()
+        found = ranks.metrics(tmp_path / "two" / strategy)
+        worst = max(difference(*lines) for lines in zip(found, expected, strict=True) if lines[0]["step"] > SPIKE)
+        print(f"\nspiked, {strategy}: {worst:.1e} from one process at most")
         assert worst < TOLERANCE
 
 

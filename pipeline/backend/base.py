@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.backend.engine_files import EngineWriter
 from pipeline.backend.world import World
+from pipeline.recipe import Recipe
 from pipeline.sharded import Shard
 
 Criterion = Callable[[Any, Tensor], Tensor]
@@ -19,8 +20,8 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Stepped(NamedTuple):
-    """What a step leaves: this rank's mean loss and the global gradient norm before clipping, both 0-d tensors, and
-    whether the weights were changed, the same on every rank: they are not where a loss or the norm is not finite."""
+    """What a step leaves: the mean loss over the global batch and the gradient norm before clipping, both 0-d tensors,
+    and whether the weights were changed, which they are not where one of both is not finite; the same on every rank."""
 
     loss: Tensor
     grad_norm: Tensor
@@ -39,6 +40,12 @@ class StepOptions:
     replicas: int = 1
     compiler: str = "off"
     recompute_every: int = 0
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "StepOptions":
+        runtime = recipe.runtime
+        step = recipe.data.accumulation, recipe.optimizer.clip_norm, runtime.precision
+        return cls(*step, runtime.fsdp_replicas, runtime.compile, runtime.activation_checkpointing)
 
 
 class Backend(ABC):
@@ -74,10 +81,10 @@ class Backend(ABC):
             outputs = self.model(images)
         return criterion(outputs, targets)
 
-    def agreed_finite(self, loss: Tensor) -> bool:
-        """Whether a micro-batch's loss is finite on every rank. Whoever decides on a backward pass has to know, so this
-        waits for the forward pass on the device; the ranks agree on the CPU."""
-        return self.world.all(bool(loss.detach().isfinite()))
+    def agreed(self, loss: Tensor) -> float:
+        """The mean of a micro-batch's loss over ranks, so that all know whether it is finite. Whoever decides on a
+        backward pass has to: this waits for the forward pass on the device; the ranks agree on the CPU."""
+        return self.world.sum([loss.item()])[0] / self.world.size
 
     def set_lr(self, lr: float) -> None:
         """A group with an `lr_scale` gets that share of it."""
@@ -128,6 +135,11 @@ class Backend(ABC):
             torch._dynamo.reset()
 
 
-def skipped(losses: Sequence[Tensor]) -> Stepped:
-    """Of a step that ended with a loss that is not finite, on this rank or another."""
-    return Stepped(torch.stack(list(losses)).mean(), torch.full_like(losses[0], float("nan")), applied=False)
+def mean(losses: Sequence[float]) -> Tensor:
+    """Of the micro-batches' losses."""
+    return torch.tensor(losses, dtype=torch.float64).mean()
+
+
+def skipped(losses: Sequence[float]) -> Stepped:
+    """Of a step that ended with a loss that is not finite."""
+    return Stepped(mean(losses), torch.tensor(float("nan")), applied=False)

@@ -1,6 +1,7 @@
 """One process, or data parallel: every rank holds the whole model (Accelerate's DistributedDataParallel)."""
 
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 
 from pipeline.backend import engine_files
-from pipeline.backend.base import Backend, Criterion, Mixed, StepOptions, Stepped, skipped
+from pipeline.backend.base import Backend, Criterion, Mixed, StepOptions, Stepped, mean, skipped
 from pipeline.backend.world import World
 from pipeline.sharded import Shard
 from shards.errors import UserError
@@ -45,13 +46,13 @@ class DDP(Backend):
 
     def step(self, criterion: Criterion, batches: Sequence[Mixed]) -> Stepped:
         while True:
-            losses, finite = self._backward(criterion, batches)
-            if not finite:
+            losses = self._backward(criterion, batches)
+            if not isfinite(losses[-1]):
                 self.model.zero_grad()
                 return skipped(losses)
             norm, applied = self._optimize()
             if applied or not self._lower_scale():
-                return Stepped(torch.stack(losses).mean(), norm, applied)
+                return Stepped(mean(losses), norm, applied)
 
     def warm_up(self, criterion: Criterion, batch: Mixed) -> None:
         """DDP re-orders its buckets after its first backward pass; a resumed run must sum in the order of one that
@@ -89,18 +90,18 @@ class DDP(Backend):
         self.accelerator.free_memory()
         AcceleratorState._reset_state()
 
-    def _backward(self, criterion: Criterion, batches: Sequence[Mixed]) -> tuple[list[Tensor], bool]:
-        """The losses, up to the first that is not finite, and whether all are."""
-        losses = []
+    def _backward(self, criterion: Criterion, batches: Sequence[Mixed]) -> list[float]:
+        """The losses, up to the first that is not finite."""
+        losses: list[float] = []
         for batch in batches:
             with self.accelerator.accumulate(self.model):
                 loss = self.forward_loss(criterion, batch)
-                losses.append(loss.detach())
-                if not self.agreed_finite(loss):
+                losses.append(self.agreed(loss))
+                if not isfinite(losses[-1]):
                     self.accelerator.step = 0  # the next step begins with its first micro-batch
-                    return losses, False
+                    return losses
                 self.accelerator.backward(self.scaler.scale(loss))
-        return losses, True
+        return losses
 
     def _optimize(self) -> tuple[Tensor, bool]:
         """The gradient norm, and whether it is finite, so that the weights were changed."""

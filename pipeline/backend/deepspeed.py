@@ -1,6 +1,7 @@
 """DeepSpeed's ZeRO through Accelerate: optimizer states (1), gradients (2) and weights (3) in partitions."""
 
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
 
 from pipeline.backend import universal, zero
-from pipeline.backend.base import Backend, Criterion, Mixed, StepOptions, Stepped, skipped
+from pipeline.backend.base import Backend, Criterion, Mixed, StepOptions, Stepped, mean, skipped
 from pipeline.backend.ddp import accumulation_plugin
 from pipeline.backend.layers import cast_inputs
 from pipeline.backend.toolchain import check_toolchain
@@ -51,19 +52,18 @@ class DeepSpeed(Backend):
         return self.engine.module
 
     def step(self, criterion: Criterion, batches: Sequence[Mixed]) -> Stepped:
-        losses: list[Tensor] = []
+        losses: list[float] = []
         for batch in batches:
             with self.accelerator.accumulate(self.model):
                 loss = self.forward_loss(criterion, batch)
-                losses.append(loss.detach())
-                finite = self.agreed_finite(loss)
-                if finite:
+                losses.append(self.agreed(loss))
+                if isfinite(losses[-1]):
                     self.accelerator.backward(loss)
-            if not finite:
+            if not isfinite(losses[-1]):
                 self._drop(loss, summed=len(losses) > 1)
                 return skipped(losses)
         norm = torch.as_tensor(self.engine.get_global_grad_norm())
-        return Stepped(torch.stack(losses).mean(), norm, self.engine.was_step_applied())
+        return Stepped(mean(losses), norm, self.engine.was_step_applied())
 
     def shards(self) -> list[Shard]:
         return [zero.shard_of(name, parameter, self.engine) for name, parameter in self.trained()]

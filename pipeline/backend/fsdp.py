@@ -1,6 +1,7 @@
 """FSDP2: parameters, gradients and optimizer states in shards, by torch's `fully_shard`, on CPU and GPU alike."""
 
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 from typing import cast
 
@@ -11,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from pipeline.backend import engine_files
-from pipeline.backend.base import Backend, Criterion, Mixed, StepOptions, Stepped, skipped
+from pipeline.backend.base import Backend, Criterion, Mixed, StepOptions, Stepped, mean, skipped
 from pipeline.backend.ddp import clip
 from pipeline.backend.layers import layers
 from pipeline.backend.world import World
@@ -27,12 +28,12 @@ class FSDP(Backend):
         return "fsdp"
 
     def step(self, criterion: Criterion, batches: Sequence[Mixed]) -> Stepped:
-        losses: list[Tensor] = []
+        losses: list[float] = []
         for position, batch in enumerate(batches, start=1):
             self._synchronise(position == len(batches))
             loss = self.forward_loss(criterion, batch)
-            losses.append(loss.detach())
-            if not self.agreed_finite(loss):
+            losses.append(self.agreed(loss))
+            if not isfinite(losses[-1]):
                 self._drop(loss, summed=position > 1)
                 return skipped(losses)
             (loss / len(batches)).backward()
@@ -41,7 +42,7 @@ class FSDP(Backend):
         if applied:
             self.optimizer.step()
         self.optimizer.zero_grad()
-        return Stepped(torch.stack(losses).mean(), norm, applied)
+        return Stepped(mean(losses), norm, applied)
 
     def shards(self) -> list[Shard]:
         return [_shard(name, cast(DTensor, parameter.detach())) for name, parameter in self.trained()]

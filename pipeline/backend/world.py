@@ -61,10 +61,6 @@ class World:
             dist.all_reduce(total, group=self.group)
         return total.tolist()
 
-    def all(self, flag: bool) -> bool:
-        """Whether the flag is up on every rank."""
-        return self.sum([float(flag)])[0] == self.size
-
     def gather(self, value: T) -> list[T]:
         """The value of every rank, in rank order."""
         values = [value] * self.size

@@ -49,7 +49,7 @@ def read_weights(path: Path) -> dict[str, dict[str, Tensor]]:
         )
     weights = _read(path / "engine", "model.")
     averages = _read(path / "ema", "") if (path / "ema").exists() else {}
-    return {"model": weights, "ema": averages}
+    return {"model": weights, "ema": {name: tensor.view_as(weights[name]) for name, tensor in averages.items()}}
 
 
 def _check_whole(path: Path) -> None:

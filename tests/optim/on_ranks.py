@@ -86,7 +86,7 @@ def train_and_resume(world: World, name: str, root: Path) -> None:
     losses = step(whole, range(SAVED))
     whole.save_engine(root / "engine")
     finish(whole, world, SAVED, root, losses)
-    if (world.strategy, name, world.size) not in RESUMED:
+    if (whole.name, name, world.size) not in RESUMED:
         return
     resumed = build(world, name)
     resumed.load_engine(root / "engine")

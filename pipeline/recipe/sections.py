@@ -1,15 +1,9 @@
-"""What a run is: a frozen Recipe of typed sections, and the command line that overrides its fields."""
+"""What a run is: a frozen Recipe of typed sections."""
 
-import argparse
-import dataclasses
-import re
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Literal
 
-import tyro
-
-T = TypeVar("T")
+from pipeline.recipe.model import Model
 
 
 @dataclass(frozen=True)
@@ -67,75 +61,6 @@ class Augment:
     """Mix pairs of samples by CutMix."""
     mixup_alpha: float = 0.5
     """Both parameters of the Beta distribution that the mixing weight is drawn from."""
-
-
-@dataclass(frozen=True)
-class Model:
-    name: str = "vittm_base"
-    """A model of timm's registry. An option below that is None is left to the model; one that it lacks is refused."""
-    memory_ps: int | None = None
-    """ViTTM: side of a memory patch, in pixels."""
-    process_ps: int | None = None
-    """ViTTM: side of a process patch, in pixels."""
-    process_embedder_type: str | None = None
-    """ViTTM: where process tokens come from: patch, downsample or latent."""
-    process_tokens: int | None = None
-    """ViTTM: number of latent process tokens, or side of the grid that memory is averaged to."""
-    rw_head_type: str | None = None
-    """ViTTM: read-write head: lin, ca, la, lca, tl or dyna."""
-    latent_size_scale: int | None = None
-    """ViTTM: width over the latent width of the read-write head."""
-    reduced_dim: int | None = None
-    """ViTTM: features a token and head of dyna."""
-    dyna_num_heads: int | None = None
-    """ViTTM: heads of dyna."""
-    dyna_concat: bool | None = None
-    """ViTTM: whether dyna weighs the tokens of both streams, or those of the source alone."""
-    fusion_type: str | None = None
-    """ViTTM: how what was read or written joins its stream: residual, erase or add_erase."""
-    memory_blocks: str | None = None
-    """ViTTM: what memory goes through in a layer: mlp or conv."""
-    memory_mlp_ratio: float | None = None
-    """ViTTM: hidden width of memory's MLP over the width."""
-    memory_encoder_depths: tuple[int, ...] | None = None
-    """ViTTM: blocks of each stage of memory's convolutional encoder."""
-    memory_encoder_downsamples: tuple[int, ...] | None = None
-    """ViTTM: stride of each stage of it."""
-    memory_decoder_depths: tuple[int, ...] | None = None
-    """ViTTM: blocks of each stage of the decoder."""
-    patch_size: int | None = None
-    """ViT and DeiT: side of a patch, in pixels."""
-    embed_dim: int | None = None
-    """Width."""
-    depth: int | None = None
-    """Number of blocks."""
-    num_heads: int | None = None
-    """Attention heads a block."""
-    mlp_ratio: float | None = None
-    """Hidden width of a block's MLP over the width."""
-    init_values: float | None = None
-    """Start of LayerScale."""
-    global_pool: str | None = None
-    """How tokens become features: of ViTTM avg or token, of timm's models as these have it."""
-    drop_rate: float | None = None
-    """Dropout before the classifiers."""
-    pos_drop_rate: float | None = None
-    """Dropout after the positions."""
-    patch_drop_rate: float | None = None
-    """Share of patches left out in training; of ViTTM, of process tokens."""
-    proj_drop_rate: float | None = None
-    """Dropout after the projections of a block."""
-    attn_drop_rate: float | None = None
-    """Dropout of attention weights in a block."""
-    drop_path_rate: float | None = None
-    """Stochastic depth of the last block."""
-    start: str = ""
-    """A safetensors file of a whole model to start from, with new classification heads; empty: as init_from says."""
-    init_from: Literal["none", "blocks", "blocks+flexi"] = "none"
-    """ViTTM: start from scratch; or with the transformer blocks of timm's ViT of the same size, fine-tuned on
-    ImageNet-1k; or with those and its patch convolution, resized."""
-    init_weights: str = ""
-    """init_from: a safetensors file of that ViT, under timm's names; empty downloads it."""
 
 
 @dataclass(frozen=True)
@@ -219,7 +144,11 @@ class Runtime:
     activation_checkpointing: int = 0
     """Every how-manieth layer drops its activations, and computes them again in the backward pass; 0 keeps all."""
     max_skipped: int = 3
-    """Steps of the run that may be skipped, because a loss or the gradient norm is not finite, before it stops."""
+    """Steps of the run that may be skipped, because a loss or the gradient norm is not finite or spikes, before it
+    stops."""
+    spike: float = 0.0
+    """A step whose loss is over so many times the median of the last 50 takes the run back to its newest checkpoint,
+    and on from the batch after it; 0 never does."""
     fsdp_replicas: int = 1
     """FSDP2: groups of neighbouring ranks that hold a whole model each, in shards; 1 shards it over all ranks."""
     processes: int = 0
@@ -248,50 +177,3 @@ class Recipe:
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     runtime: Runtime = field(default_factory=Runtime)
-
-
-def parse(
-    make: Callable[[str, bool], T], models: Sequence[str], description: str, args: Sequence[str] | None = None
-) -> T:
-    """The recipe of a command line: make(model, debug), with the fields that further options override.
-
-    models: what `--model` may be, the default first; `--debug` asks for the recipe's laptop-sized form. An unknown or
-    ill-typed option prints the nearest good ones and exits with code 2; `--help` explains every field.
-    """
-    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    chooser.add_argument("--model", choices=models, default=models[0])
-    chooser.add_argument("--debug", action="store_true")
-    chosen, rest = chooser.parse_known_args(args)
-    recipe = make(chosen.model, chosen.debug)
-    usage = (
-        f"--model {{{','.join(models)}}} picks the recipe (here {chosen.model}), --debug its laptop-sized form; "
-        "every option below overrides one field of it."
-    )
-    paragraphs = re.sub(r"\n(?=\S)", "\n\n", description)  # the help keeps paragraphs, not lines
-    return tyro.cli(type(recipe), default=recipe, description=f"{paragraphs}\n\n{usage}", args=rest)
-
-
-def flatten(recipe: object, prefix: str = "") -> dict[str, object]:
-    """{"data.path": ..., ...}: every leaf of a recipe by its name on the command line."""
-    leaves: dict[str, object] = {}
-    for item in dataclasses.fields(recipe):  # type: ignore[arg-type]
-        value = getattr(recipe, item.name)
-        if dataclasses.is_dataclass(value):
-            leaves |= flatten(value, f"{prefix}{item.name}.")
-        else:
-            leaves[prefix + item.name] = list(value) if isinstance(value, tuple) else value
-    return leaves
-
-
-def unflatten(leaves: Mapping[str, object], kind: type[T]) -> T:
-    """The recipe of that type whose `flatten` these are, as read back from recipe.json."""
-    values: dict[str, object] = {}
-    for item in dataclasses.fields(kind):  # type: ignore[arg-type]
-        section = item.default_factory
-        if dataclasses.is_dataclass(section):
-            inner = {name.partition(".")[2]: leaf for name, leaf in leaves.items() if name.startswith(f"{item.name}.")}
-            values[item.name] = unflatten(inner, section)
-        else:
-            leaf = leaves[item.name]
-            values[item.name] = tuple(leaf) if isinstance(leaf, list) else leaf
-    return kind(**values)

@@ -1,0 +1,32 @@
+"""What a run is: a frozen Recipe of typed sections, and the command line that overrides its fields."""
+
+from pipeline.recipe.command_line import parse
+from pipeline.recipe.leaves import flatten, unflatten
+from pipeline.recipe.model import Model
+from pipeline.recipe.sections import (
+    Augment,
+    Checkpoint,
+    Data,
+    Evaluation,
+    Optimizer,
+    Recipe,
+    Runtime,
+    Schedule,
+    Shampoo,
+)
+
+__all__ = [
+    "Augment",
+    "Checkpoint",
+    "Data",
+    "Evaluation",
+    "Model",
+    "Optimizer",
+    "Recipe",
+    "Runtime",
+    "Schedule",
+    "Shampoo",
+    "flatten",
+    "parse",
+    "unflatten",
+]

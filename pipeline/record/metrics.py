@@ -1,0 +1,45 @@
+"""metrics.jsonl: a JSON object a line, a logged step or an evaluation ("split")."""
+
+import json
+from pathlib import Path
+
+from shards.durable import replace_text
+
+METRICS = "metrics.jsonl"
+
+
+def kept_metrics(run_dir: Path, step: int) -> list[dict]:
+    """The lines that a run which resumes at `step` goes on from: those to `step`, but for its evaluation, which a
+    checkpoint of that step precedes."""
+    lines = read_metrics(run_dir)
+    return [line for line in lines if line["step"] < step or (line["step"] == step and "split" not in line)]
+
+
+def cut_metrics(run_dir: Path, step: int) -> None:
+    """Drops what `kept_metrics` does not give, and a torn last line."""
+    kept = kept_metrics(run_dir, step)
+    replace_text(run_dir / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def last_evaluation(run_dir: Path) -> dict[str, float]:
+    """The last evaluation in the metrics of a finished run."""
+    return [line for line in read_metrics(run_dir) if "split" in line][-1]
+
+
+def last_step(run_dir: Path) -> int:
+    """The last step in the metrics of a run; 0 where there is none."""
+    return max((line["step"] for line in read_metrics(run_dir)), default=0)
+
+
+def read_metrics(run_dir: Path) -> list[dict]:
+    """The whole lines of a run's metrics."""
+    path = run_dir / METRICS
+    texts = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [line for text in texts if (line := _parse_line(text)) is not None]
+
+
+def _parse_line(text: str) -> dict | None:
+    try:
+        return json.loads(text) if text.endswith("\n") else None
+    except json.JSONDecodeError:
+        return None

@@ -1,0 +1,29 @@
+"""outcome.json: how a run ended, for launch scripts; launchers hide exit codes."""
+
+import json
+from pathlib import Path
+
+from pipeline.record.run_dir import unwritable
+from shards.durable import replace_text
+
+OUTCOME = "outcome.json"
+
+
+def write_outcome(run_dir: Path, outcome: str, step: int, reason: str, **more: float) -> None:
+    """outcome: "done", "requeue" or "error"; launch scripts read it, for launchers hide exit codes."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    replace_text(run_dir / OUTCOME, json.dumps({"outcome": outcome, "step": step, "reason": reason, **more}) + "\n")
+
+
+def forget_outcome(run_dir: Path) -> None:
+    """Removes the outcome of an earlier attempt: a run that is killed leaves none. Raises UserError where it cannot."""
+    try:
+        (run_dir / OUTCOME).unlink(missing_ok=True)
+    except OSError as error:
+        raise unwritable(run_dir, error) from error
+
+
+def read_outcome(run_dir: Path) -> dict:
+    """The last outcome; {} where there is none."""
+    path = run_dir / OUTCOME
+    return json.loads(path.read_text()) if path.exists() else {}

@@ -1,0 +1,100 @@
+"""The record that a run writes on its way: metrics.jsonl, TensorBoard, the progress bar."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from pipeline.record.meter import Meter
+from pipeline.record.metrics import METRICS, cut_metrics
+
+T = TypeVar("T")
+
+
+class Record:
+    """The record of one run, written by rank 0; on other ranks every method does nothing.
+
+    `step` counts finished optimizer steps. A line is one JSON object: a logged step, or an evaluation ("split").
+    """
+
+    def __init__(self, run_dir: Path, is_main: bool, global_batch: int) -> None:
+        self.run_dir = run_dir
+        self.is_main = is_main
+        self.meter = Meter(global_batch)
+
+    @contextmanager
+    def open(self, start: int, total: int) -> Iterator[None]:
+        """Cuts what an earlier attempt wrote past `start`, then appends."""
+        self.meter.restart()
+        if not self.is_main:
+            yield
+            return
+        cut_metrics(self.run_dir, start)
+        board = SummaryWriter(self.run_dir / "tensorboard", purge_step=start + 1)
+        bar = tqdm(initial=start, total=total, unit="step", disable=None, dynamic_ncols=True)
+        with (self.run_dir / METRICS).open("a") as self._file, board as self._board, bar as self._bar:
+            self._started, self._start, self._total = time.monotonic(), start, total
+            yield
+
+    def step(self, step: int) -> None:
+        if self.is_main:
+            self._bar.update(step - self._bar.n)
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """One line for a logged step, with the speed since the last one, in TensorBoard and beside the bar too (or
+        printed, without a terminal)."""
+        values = values | self.meter.read()
+        if self.is_main:
+            self._write({"step": step, **values})
+            self._bar.set_postfix_str(_brief(values))
+            if self._bar.disable:
+                print(f"step {step}/{self._total}  {_brief(values)}  ETA {self._eta(step)}", flush=True)
+
+    def watch(self, batches: Iterator[T], total: float) -> Iterable[T]:
+        """The batches of an evaluation, under a bar of their own while they last."""
+        disable = None if self.is_main else True
+        return tqdm(batches, total=math.ceil(total), unit="batch", desc="evaluation", leave=False, disable=disable)
+
+    def evaluation(self, step: int, split: str, values: dict[str, float]) -> None:
+        if self.is_main:
+            self._write({"step": step, "split": split, **values})
+            brief = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name.endswith("top1"))
+            if values.get("unreadable"):
+                brief += f"  ({values['unreadable']:.0f} images are unreadable and count as wrong: quarantine.jsonl)"
+            self._bar.write(f"step {step}  {split}: {brief}")
+
+    def saved(self, step: int, seconds: float) -> None:
+        """A checkpoint of `step` made the training stand still for so long; the next logged step has it, too."""
+        self.meter.saved(seconds)
+        if self.is_main:
+            self._bar.write(f"step {step}  checkpoint: training stood still for {seconds:.3f} s")
+
+    def flush(self) -> None:
+        """Metrics reach the disk before the checkpoint that continues them."""
+        if self.is_main:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._board.flush()
+
+    def _write(self, line: dict) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for name, value in line.items():
+            if isinstance(value, float):
+                self._board.add_scalar(f"{line.get('split', 'train')}/{name}", value, line["step"])
+
+    def _eta(self, step: int) -> str:
+        seconds = (time.monotonic() - self._started) / (step - self._start) * (self._total - step)
+        return tqdm.format_interval(seconds)
+
+
+def _brief(values: dict[str, float]) -> str:
+    shown = {"loss": ".4f", "lr": ".2e", "grad_norm": ".3f", "images_per_second": ".0f", "data_wait": ".1%"}
+    return "  ".join(f"{name} {values[name]:{form}}" for name, form in shown.items() if math.isfinite(values[name]))

@@ -1,0 +1,39 @@
+"""A run's directory."""
+
+import subprocess
+from pathlib import Path
+from tempfile import TemporaryFile
+
+from shards.errors import UserError
+
+
+def check_writable(run_dir: Path) -> None:
+    """Raises UserError unless a file can be written in `run_dir`, which is made if need be."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=run_dir) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise unwritable(run_dir, error) from error
+
+
+def weights_path(run_dir: Path, name: str) -> Path:
+    """Where a run leaves its weights; name: "model" or "ema" at its end, "best_model" or "best_ema" on the way."""
+    return run_dir / "weights" / f"{name}.safetensors"
+
+
+def code_version() -> str:
+    """The commit of this code, as git describes it; "unknown" where it is not in a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def unwritable(run_dir: Path, error: OSError) -> UserError:
+    """To raise where it takes no file."""
+    return UserError(
+        f"run_dir {run_dir} cannot be written ({error}): checkpoints, metrics and the outcome go there; mend its "
+        "permissions, make room, or give another --run-dir"
+    )

@@ -1,0 +1,92 @@
+"""What the loop works with."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline.backend import Backend, Criterion, World
+from pipeline.best import Best
+from pipeline.checkpoint import Checkpoints
+from pipeline.data.device import DeviceAugment
+from pipeline.data.quarantine import Quarantine
+from pipeline.data.samples import Samples
+from pipeline.data.stream import TrainStream
+from pipeline.divergence import Skips, Spikes
+from pipeline.ema import EMA
+from pipeline.evaluate import Evaluator
+from pipeline.optim import WarmupCosine
+from pipeline.recipe import Recipe
+from pipeline.record import Record, code_version
+from pipeline.sharded import Shard
+
+
+@dataclass(frozen=True)
+class Durations:
+    """The recipe's durations in optimizer steps."""
+
+    total: int
+    log: int
+    save: int
+    evaluate: int
+
+
+@dataclass(frozen=True)
+class Input:
+    """Samples on their way to the model."""
+
+    stream: TrainStream
+    augment: DeviceAugment
+    validation: Samples
+
+
+@dataclass(frozen=True)
+class Learner:
+    """The model and what moves and judges it."""
+
+    backend: Backend
+    criterion: Criterion
+    schedule: WarmupCosine
+    ema: EMA | None
+    evaluator: Evaluator
+
+    def averages(self) -> list[Shard]:
+        return self.ema.state() if self.ema else []
+
+
+@dataclass
+class Progress:
+    """`start` steps were done when the run was built; `saved` are in its newest checkpoint. For checkpoints, training
+    has stood still for `save_seconds` since then."""
+
+    start: int = 0
+    saved: int = 0
+    save_seconds: float = 0.0
+    seconds_before: float = 0.0
+    commit: str = field(default_factory=code_version)
+    began: float = field(default_factory=time.monotonic)
+
+    def seconds(self) -> float:
+        """Time spent on the run, earlier attempts included up to the checkpoint they were continued from."""
+        return self.seconds_before + time.monotonic() - self.began
+
+
+@dataclass(frozen=True)
+class Run:
+    """All of it, on one rank."""
+
+    recipe: Recipe
+    world: World
+    durations: Durations
+    input: Input
+    learner: Learner
+    checkpoints: Checkpoints
+    record: Record
+    quarantine: Quarantine
+    skips: Skips
+    spikes: Spikes
+    best: Best
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.recipe.run_dir)
