@@ -15,7 +15,7 @@ demo: $(INSTALLED)
 	python tools/demo.py
 
 test: $(INSTALLED)
-	python -m pytest -m "not soak"
+	python -m pytest -m "not soak" --numprocesses 2 --dist loadfile
 
 soak: $(INSTALLED)
 	python -m pytest -m soak -s

@@ -3,9 +3,11 @@
 They run a recipe file or a function just as a launcher's child would, with RANK and its kin in the environment.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
+import random
 import runpy
 import signal
 import socket
@@ -23,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 PRELOADED = ["pipeline.chain", "pipeline.backend.ddp", "pipeline.backend.fsdp", "pipeline.backend.deepspeed", "sklearn"]
 PATIENCE = 240
 POLL = 0.005
+PORTS = 1000
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ def run_function(function: Callable[..., None], arguments: Sequence, logs: Path,
 def accelerate(launch_file: str, script: str, options: Sequence[str], log: Path) -> subprocess.Popen:
     """The README's command, in a session of its own, so that a signal to its ranks does not reach pytest."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"ds_configs/{launch_file}.yaml"]
+    command += ["--main_process_port", str(free_port())]
     with log.open("w") as output:
         return subprocess.Popen(
             [*command, script, *options], cwd=ROOT, stdout=output, stderr=output, start_new_session=True
@@ -112,12 +116,20 @@ def when_logged(metrics_file: Path, num_lines: int, alive: Callable[[], bool]) -
         threading.Event().wait(POLL)
 
 
+def free_port() -> int:
+    """For a launch to meet at: below what Linux gives to sockets that ask for none, and this pytest process's own."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    first = 20_000 + PORTS * worker
+    for port in random.SystemRandom().sample(range(first, first + PORTS), PORTS):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise RuntimeError(f"all ports from {first} to {first + PORTS} are taken")
+
+
 def _launched(size: int) -> list[dict[str, str]]:
     if size == 1:
         return [{}]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     shared = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
 

@@ -247,13 +247,14 @@ def test_ray_that_is_not_installed():
 
 
 @pytest.mark.parametrize(
-    ("address", "reason"),
+    ("host", "reason"),
     [
-        (f"127.0.0.1:{free_ports(1)[0]}", "[Errno 111] Connection refused"),
-        ("nonsense", "invalid literal for int() with base 10: 'nonsense'"),
+        ("127.0.0.1", "[Errno 111] Connection refused"),
+        ("", "invalid literal for int() with base 10: 'nonsense'"),
     ],
 )
-def test_a_cluster_that_does_not_answer(address, reason):
+def test_a_cluster_that_does_not_answer(host, reason):
+    address = f"{host}:{free_ports(1)[0]}" if host else "nonsense"
     assert error_of({"RAY_ADDRESS": address}) == (
         f"shards.errors.UserError: no Ray cluster answers at RAY_ADDRESS={address} ({reason}): start one with "
         "`ray start --head`, on other machines with `ray start --address=HOST:PORT`, and set RAY_ADDRESS=HOST:PORT "
