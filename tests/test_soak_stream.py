@@ -35,7 +35,8 @@ PLAN = """
 import json, re, sys, time
 import numpy as np
 from shards.audit import Seen, split_hash
-from shards.plan import GlobalShuffle, Plan, WindowShuffle, default_runs, rank_slice
+from shards.layout import Layout
+from shards.plan import GlobalShuffle, Plan, WindowShuffle, default_runs
 
 SAMPLES, RANKS, WORKERS, A_RANK = 11_060_223, 1024, 16, 16
 BATCH = RANKS * A_RANK
@@ -51,10 +52,11 @@ def seek(plan):
 def audit(plan):
     '''Every share of a worker of a rank, as a loader deals them out: its batches in turn to its workers.'''
     given = np.empty((RANKS, plan.batches_per_epoch, A_RANK), dtype=np.int32)
+    layout = Layout(BATCH, RANKS)
     for number in range(plan.batches_per_epoch):
         ids = plan.ids(3, number)
         for rank in range(RANKS):
-            given[rank, number] = rank_slice(ids, rank, RANKS)
+            given[rank, number] = ids[layout.share(rank)]
     seen, counts = Seen(SAMPLES), np.zeros((RANKS, WORKERS), dtype=int)
     for rank in range(RANKS):
         for worker in range(WORKERS):

@@ -165,9 +165,7 @@ def audit_plan(plan: Plan, epoch: int) -> list[str]:
     ]
 
 
-def _replay(
-    arguments: argparse.Namespace, plan: Plan, layout: Layout, reader: IdReader, allowed: int
-) -> list[str]:
+def _replay(arguments: argparse.Namespace, plan: Plan, layout: Layout, reader: IdReader, allowed: int) -> list[str]:
     """Prints what the ranks were given, sample by sample where keys are asked for; what is wrong with it."""
     replay = Replay(reader, plan, layout)
     total = (plan.batches_per_epoch - arguments.start_step) * plan.global_batch

@@ -79,12 +79,16 @@ class TrainStream:
                 )
             return "global shuffle" + (f": each of the {nodes} nodes reads all shards" if nodes > 1 else "")
         runs, apart = plan.shuffle.runs, mixing_distance(plan)
-        share = f"about 1/{nodes}" if runs % nodes == 0 else f"more than 1/{nodes} (which does not divide the runs)"
+        share = f"about 1/{nodes}" if self._nodes_take_whole_runs(runs) else f"more than 1/{nodes} (nodes share runs)"
         return (
             f"window shuffle of {runs} runs, {plan.shuffle.window:,} samples a window: neighbours in storage come "
             f"{apart:,.0f} samples apart in the median (all over the epoch: {0.29 * plan.num_samples:,.0f}); a node "
             f"fetches {share} of the shards an epoch"
         )
+
+    def _nodes_take_whole_runs(self, runs: int) -> bool:
+        first_ranks = range(0, self.world.size, self.world.size // self.world.nodes)
+        return all(self.layout.share(rank).start % (self.plan.global_batch // runs) == 0 for rank in first_ranks)
 
     def state(self, done: int) -> dict[str, object]:
         """Where the trainer stands after `done` steps: what is planned next follows from it, on any world."""
