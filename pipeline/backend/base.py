@@ -79,8 +79,8 @@ class Backend(ABC):
     def forward_loss(self, criterion: Criterion, batch: Mixed) -> Tensor:
         """Loss of one mixed micro-batch: images float [B, 3, H, W], targets float [B, C].
 
-        Ranks and micro-batches are averaged, whatever they hold: their losses and gradients are means over all samples
-        of the global batch because a micro-batch of n samples where the mean is m gives n / m times its own mean loss.
+        Ranks and micro-batches are averaged, whatever they hold. So that losses and gradients come to the means over
+        the samples of the global batch, a micro-batch of n samples counts n / m times, where m is their mean size.
         """
         images, targets = batch
         with self.autocast():
