@@ -34,9 +34,14 @@ from pipeline.validate import num_steps, validate
 from shards.budget import Budget
 from shards.errors import UserError
 from shards.index import Index
-from shards.plan import GlobalShuffle, Plan, Shuffle, WindowShuffle, check_layout, default_runs
+from shards.layout import Layout
+from shards.plan import GlobalShuffle, Plan, Shuffle, WindowShuffle, default_runs
 from shards.reader import Reader
 from shards.store import Store, StoreOptions, open_data
+
+UNEVEN_IS_SERVED = (
+    ", or begin the run under DDP or FSDP2 (ds_configs/ddp_*.yaml, fsdp_*.yaml), whose ranks may take unequal shares"
+)
 
 
 def prepare(recipe: Recipe, world: World) -> Run:
@@ -48,8 +53,7 @@ def prepare(recipe: Recipe, world: World) -> Run:
     optim.table.check(recipe.optimizer.name, world.strategy)
     run_dir = Path(recipe.run_dir)
     check_writable(run_dir)
-    mixes = recipe.augment.mixup or recipe.augment.cutmix
-    check_layout(recipe.data.global_batch, world.size, recipe.data.accumulation, pairs=mixes)
+    check_layout(make_layout(recipe, world), world.strategy)
     make_deterministic(recipe)
     if recipe.data.workers:
         serve_workers()
@@ -126,6 +130,19 @@ def seed_rank(run: Run, step: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
 
 
+def make_layout(recipe: Recipe, world: World) -> Layout:
+    data, augment = recipe.data, recipe.augment
+    return Layout(data.global_batch, world.size, data.accumulation, augment.mixup or augment.cutmix)
+
+
+def check_layout(layout: Layout, strategy: str) -> None:
+    """Raises UserError where the strategy cannot train on a global batch that is cut so."""
+    if strategy == "deepspeed":
+        layout.check_even("DeepSpeed takes micro-batches of one size (ZeRO)", UNEVEN_IS_SERVED)
+    else:
+        layout.check()
+
+
 def make_input(recipe: Recipe, index: Index, store: Store, world: World) -> Input:
     data, augment = recipe.data, recipe.augment
     transform_class = TrainTransform if augment.decode == "exact" else FastTrainTransform
@@ -142,7 +159,7 @@ def make_input(recipe: Recipe, index: Index, store: Store, world: World) -> Inpu
     validation = Samples(Reader(index, data.val, store), seen_once, recipe.seed, substitutes=False)
     shuffle = make_shuffle(recipe, index)
     plan = Plan(len(train.reader), index.fingerprint(data.train), recipe.seed, data.global_batch, shuffle)
-    stream = TrainStream(train, plan, world, data.accumulation, Loading(data.workers, world.device))
+    stream = TrainStream(train, plan, world, make_layout(recipe, world), Loading(data.workers, world.device))
     mixing = Mixing(augment.mixup, augment.cutmix, augment.mixup_alpha)
     on_device = DeviceAugment(index.num_classes, recipe.seed, augment.erasing, mixing)
     return Input(stream, on_device, validation)
@@ -182,9 +199,7 @@ def make_learner(recipe: Recipe, world: World, model: nn.Module, schedule: Warmu
     names = head_names(model)
     groups = optim.group(model, section.layer_decay)
     make_optimizer = functools.partial(optim.make_optimizer, section=section, groups=groups)
-    options = StepOptions.of(recipe)
-    micro_batch = recipe.data.global_batch // world.size // recipe.data.accumulation
-    backend = wrap(world, model, make_optimizer, micro_batch, options)
+    backend = wrap(world, model, make_optimizer, StepOptions.of(recipe))
     ema = EMA(backend, recipe.ema_decay) if recipe.ema_decay else None
     variants: Variants = {"": nullcontext} | ({"ema_": ema.swap} if ema else {})
     evaluator = Evaluator(backend, names, variants, num_evaluated)

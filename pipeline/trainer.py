@@ -54,12 +54,11 @@ def fit(recipe: Recipe, world: World) -> str:
 def describe(run: Run) -> str:
     """What is trained, where, on how much, in which order, and from where on."""
     recipe, world, plan, backend = run.recipe, run.world, run.input.stream.plan, run.learner.backend
-    share = plan.global_batch // world.size // recipe.data.accumulation
     return (
         f"{recipe.model.name}: {backend.num_parameters() / 1e6:.2f} M parameters in {recipe.runtime.precision}, "
         f"{backend.name} on {world.size} x {world.device.type}; {plan.num_samples:,} samples; a step takes "
-        f"{plan.global_batch} = {world.size} ranks x {recipe.data.accumulation} micro-batches x {share}; steps "
-        f"{run.progress.start} to {run.durations.total}, {plan.batches_per_epoch} an epoch\n"
+        f"{run.input.stream.layout.describe()}; steps {run.progress.start} to {run.durations.total}, "
+        f"{plan.batches_per_epoch} an epoch\n"
         f"{run.input.stream.describe()}"
         + ("" if recipe.augment.decode == "exact" or has_crop_decode() else f"\n{WHOLE_IMAGES}")
     )

@@ -177,49 +177,6 @@ def mixing_distance(plan: Plan, epoch: int = 0) -> float:
     return float(np.median(np.abs(np.diff(order))[neighbours])) if neighbours.any() else float("nan")
 
 
-def rank_slice(ids: Ids, rank: int, world: int) -> Ids:
-    """The contiguous slice [B / world] of a global batch [B] that rank `rank` reads."""
-    return ids.reshape(world, -1)[rank]
-
-
-def micro_batches(ids: Ids, accumulation: int) -> Ids:
-    """A rank's slice [b] as micro-batches [accumulation, b / accumulation]."""
-    return ids.reshape(accumulation, -1)
-
-
-def nearest_worlds(global_batch: int, world: int, accumulation: int, even: bool) -> tuple[int, ...]:
-    """The largest world up to `world` and the smallest above it that cut the global batch evenly; () where none does.
-
-    `even`: every micro-batch of a rank must hold an even number of samples.
-    """
-    per_world, remainder = divmod(global_batch, accumulation * (2 if even else 1))
-    if remainder:
-        return ()
-    worlds = [count for count in range(1, per_world + 1) if per_world % count == 0]
-    below = [count for count in worlds if count <= world]
-    above = [count for count in worlds if count > world]
-    return (*below[-1:], *above[:1])
-
-
-def check_layout(global_batch: int, world: int, accumulation: int, pairs: bool) -> None:
-    """UserError unless the global batch cuts into world x accumulation equal micro-batches, even ones if `pairs`.
-
-    `pairs`: mixing is on, whose partners are neighbours inside a micro-batch.
-    """
-    unit = world * accumulation * (2 if pairs else 1)
-    if global_batch > 0 and global_batch % unit == 0:
-        return
-    below = global_batch // unit * unit
-    batches = " or ".join(str(batch) for batch in (below, below + unit) if batch > 0)
-    worlds = " or ".join(str(count) for count in nearest_worlds(global_batch, world, accumulation, pairs))
-    raise UserError(
-        f"a global batch of {global_batch} does not cut evenly into {world} ranks x {accumulation} micro-batches"
-        f"{' of pairs (mixing is on)' if pairs else ''}: it must be a multiple of {unit}. "
-        f"Set the global batch to {batches}"
-        + (f", or run on {worlds} ranks." if worlds else f"; no number of ranks fits {global_batch}.")
-    )
-
-
 def evaluation_share(num_samples: int, rank: int, world: int) -> tuple[int, int]:
     """The range [start, stop) of sample ids that a rank evaluates; the sizes of two ranks differ by at most one."""
     return num_samples * rank // world, num_samples * (rank + 1) // world

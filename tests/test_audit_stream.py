@@ -18,6 +18,7 @@ from pipeline.data.replay import IdReader, Replay
 from shards.engine import open_engine
 from shards.index import Index
 from shards.keyed import id_hash
+from shards.layout import Layout
 from shards.plan import Plan, WindowShuffle
 from shards.reader import BadSample, Reader
 from shards.tars.in_place import ForeignOptions, index_in_place
@@ -112,7 +113,10 @@ def test_the_command(shards):
     assert re.fullmatch(r"replaying: 72/72 images, \d+ images/s, 0 s left\n", done.stderr)
 
 
-@pytest.mark.parametrize("options", [("--world", 8), ("--world", 2, "--accumulation", 3), ("--workers", 2)])
+@pytest.mark.parametrize(
+    "options",
+    [("--world", 8), ("--world", 2, "--accumulation", 3), ("--workers", 2), ("--world", 5, "--accumulation", 2)],
+)
 @pytest.mark.parametrize("shuffle", ["global", "window"])
 def test_ranks_and_workers_change_nothing(audit, shards, options, shuffle):
     alone = keys_of(audit(shards, "--keys", "--shuffle", shuffle, "--window", 5)[1])
@@ -120,6 +124,24 @@ def test_ranks_and_workers_change_nothing(audit, shards, options, shuffle):
     assert code == 0
     assert [(step, key) for step, _, key in keys_of(lines)] == [(step, key) for step, _, key in alone]
     assert len(keys_of(lines)) == 72
+
+
+def test_a_lost_rank_changes_who_sees_a_sample_and_nothing_else(audit, shards):
+    """From 4 ranks to 3: 16 samples are 4 x 4, then 6 + 6 + 4, in micro-batches of 2 or 4."""
+    found = {}
+    for world, uneven in ((1, ""), (4, ""), (3, " of 2 or 4 samples (DDP and FSDP2 alone)")):
+        options = ("--global-batch", 16, "--world", world, "--accumulation", 2, "--mixing", "--keys")
+        code, lines, _ = audit(shards, *options)
+        assert (code, lines[-1]) == (0, "exact: nothing is wrong")
+        assert lines[0].endswith(f"on {world} ranks x 2 micro-batches{uneven}")
+        found[world] = keys_of(lines)
+    assert len(found[1]) == SIZE
+    assert len({tuple((step, key) for step, _, key in lines) for lines in found.values()}) == 1
+    shares = {
+        world: [[rank for step, rank, _ in found[world] if step == 4].count(rank) for rank in range(world)]
+        for world in found
+    }
+    assert shares == {1: [16], 4: [4, 4, 4, 4], 3: [6, 6, 4]}
 
 
 def test_a_late_start_goes_on_where_the_epoch_is(audit, shards):
@@ -190,7 +212,9 @@ def test_a_reader_that_has_had_enough(shards, monkeypatch, capsys):
         (("--epoch", -1), "--epoch -1: it must be 0 or more"),
         (("--start-step", -1), "--start-step -1: it must be 0 or more"),
         (("--start-step", 3), "past the end: an epoch of 80 samples has 3 steps of 24; give one from 0 to 2"),
-        (("--world", 5), "24 does not cut evenly into 5 ranks x 1 micro-batches"),
+        (("--world", 13), "its 12 pairs of samples are too few for a pair in each of 13 micro-batches: set the global"),
+        (("--world", 2, "--global-batch", 25), "Set the global batch to 24 or 26, or run on 1 or 5 ranks."),
+        (("--world", 8, "--mixing", "--accumulation", 2), "run on 6 ranks at most, or take 1 micro-batches at most."),
         (("--global-batch", 0), "a global batch of 0 does not cut evenly"),
         (("--global-batch", 96), "a global batch of 96 cannot be drawn from a split of 80 samples"),
         (("--shuffle", "window", "--runs", 5), "a window shuffle of 5 runs"),
@@ -348,7 +372,7 @@ PLAN = Plan(SIZE, "", SEED, BATCH)
 
 @pytest.fixture
 def replay(shards) -> Replay:
-    return Replay(IdReader(Index.load(shards), "train"), PLAN, world=2, accumulation=1)
+    return Replay(IdReader(Index.load(shards), "train"), PLAN, Layout(BATCH, world=2))
 
 
 def test_ranks_that_ask_for_the_same(replay):

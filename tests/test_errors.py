@@ -62,10 +62,19 @@ def test_refused_before_work_starts(refused, options, parts):
     assert all(part in message for part in parts), message
 
 
-def test_a_global_batch_that_the_world_does_not_divide(refused):
-    message = refused(["--data.global-batch", "18", "--data.accumulation", "2"], size=2)
-    assert "global batch of 18" in message
-    assert "16 or 24" in message  # mixing needs an even micro-batch, so the step is 8
+def test_a_global_batch_that_the_world_does_not_divide_under_zero(refused):
+    assert refused(["--data.global-batch", "20"], size=3, **JSON) == (
+        "a global batch of 20 does not cut evenly into 3 ranks x 1 micro-batches of pairs (mixing is on): DeepSpeed "
+        "takes micro-batches of one size (ZeRO), so it must be a multiple of 6. Run on 2 or 5 ranks, or set the global "
+        "batch to 18 or 24, or begin the run under DDP or FSDP2 (ds_configs/ddp_*.yaml, fsdp_*.yaml), whose ranks may "
+        "take unequal shares."
+    )
+
+
+def test_a_global_batch_with_nothing_for_some_ranks(refused):
+    message = refused(["--data.global-batch", "4", "--data.accumulation", "2"], size=2)
+    assert "a global batch of 4 does not cut evenly into 2 ranks x 2 micro-batches" in message
+    assert "set the global batch to 8 or more, or run on 1 ranks at most, or take 1 micro-batches at most." in message
 
 
 def test_replicas_that_do_not_divide_the_ranks(refused):

@@ -46,7 +46,8 @@ def square(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def made(alone, **options: object) -> Backend:
-    backend = wrap(alone, Model(), lambda m: adamw(m, (0.9, 0.999), 1e-8, 0.0), 16, StepOptions(**options))
+    options = {"global_batch": 16 * options.get("accumulation", 1)} | options
+    backend = wrap(alone, Model(), lambda m: adamw(m, (0.9, 0.999), 1e-8, 0.0), StepOptions(**options))
     backend.set_lr(0.01)
     return backend
 

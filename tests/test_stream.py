@@ -18,6 +18,7 @@ from pipeline.data.stream import TrainStream, evaluation_batches
 from pipeline.prepare import make_input
 from pipeline.recipe import Augment, Data, Recipe
 from shards.errors import UserError
+from shards.layout import Layout
 from shards.store import open_data
 
 CPU = torch.device("cpu")
@@ -40,7 +41,8 @@ def stream_of(recipe):
 
     def make(rank: int = 0, size: int = 1, accumulation: int = 1, workers: int = 0) -> TrainStream:
         stream = make_input(recipe, *open_data(recipe.data.path), rank_of(rank, size)).stream
-        return TrainStream(stream.samples, stream.plan, rank_of(rank, size), accumulation, Loading(workers, CPU))
+        layout = Layout(BATCH, size, accumulation)
+        return TrainStream(stream.samples, stream.plan, rank_of(rank, size), layout, Loading(workers, CPU))
 
     return make
 
@@ -57,7 +59,7 @@ def joined(per_rank: list, field: str) -> list[torch.Tensor]:
     return [torch.cat([getattr(batch, field) for micro in ranks for batch in micro]) for ranks in steps]
 
 
-@pytest.mark.parametrize(("size", "accumulation", "workers"), [(2, 1, 1), (4, 2, 0), (1, 4, 2)])
+@pytest.mark.parametrize(("size", "accumulation", "workers"), [(2, 1, 1), (4, 2, 0), (1, 4, 2), (3, 2, 1)])
 def test_what_enters_the_model_depends_on_neither_world_nor_workers(stream_of, size, accumulation, workers):
     whole = [read(stream_of())]
     parts = [read(stream_of(rank, size, accumulation, workers)) for rank in range(size)]
@@ -65,8 +67,8 @@ def test_what_enters_the_model_depends_on_neither_world_nor_workers(stream_of, s
         for expected, found in zip(joined(whole, field), joined(parts, field), strict=True):
             assert torch.equal(expected, found)
     firsts = [batch.first for ranks in zip(*parts, strict=True) for micro in ranks for batch in micro]
-    share = BATCH // size // accumulation
-    assert firsts == list(range(0, BATCH, share)) * STEPS
+    expected = [part.start for rank in range(size) for part in Layout(BATCH, size, accumulation).micro_batches(rank)]
+    assert firsts == expected * STEPS
 
 
 def test_an_epoch_holds_every_sample_once(stream_of):
@@ -86,10 +88,10 @@ def test_entering_at_a_step_equals_getting_there(stream_of):
 def test_erasing_and_mixing_depend_on_the_global_batch_alone(stream_of):
     augment = DeviceAugment(5, seed=5, erasing=0.5, mixing=Mixing(mixup=True, cutmix=True, alpha=0.8))
     whole = [augment(batch) for (batch,) in read(stream_of())]
-    halves = [[augment(batch) for (batch,) in read(stream_of(rank, 2))] for rank in range(2)]
+    parts = [[augment(batch) for (batch,) in read(stream_of(rank, 3))] for rank in range(3)]
     for step, (images, targets) in enumerate(whole):
-        assert torch.equal(images, torch.cat([half[step][0] for half in halves]))
-        assert torch.equal(targets, torch.cat([half[step][1] for half in halves]))
+        assert torch.equal(images, torch.cat([part[step][0] for part in parts]))
+        assert torch.equal(targets, torch.cat([part[step][1] for part in parts]))
         torch.testing.assert_close(targets.sum(dim=1), torch.ones(BATCH))
     assert len({tuple(targets.flatten().tolist()) for _, targets in whole}) == STEPS
 

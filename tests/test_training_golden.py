@@ -41,8 +41,7 @@ def test_thirty_steps_of_the_authors_loop(described, tensors, alone):
         alone,
         model,
         lambda module: adamw(module, (0.9, 0.999), 1e-8, described["weight_decay"]),
-        micro_batch=8,
-        options=StepOptions(clip_norm=described["clip_norm"]),
+        StepOptions(global_batch=8, clip_norm=described["clip_norm"]),
     )
     schedule = WarmupCosine(
         described["lr"], described["warmup_lr"], described["min_lr"], described["warmup_steps"], described["steps"]

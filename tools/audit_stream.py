@@ -21,7 +21,8 @@ from shards.audit import audit_epoch
 from shards.budget import Budget
 from shards.errors import UserError
 from shards.index import Index
-from shards.plan import Plan, WindowShuffle, check_layout, mixing_distance
+from shards.layout import Layout
+from shards.plan import Plan, WindowShuffle, mixing_distance
 from shards.progress import Progress
 from shards.reader import Reader
 from shards.store import StoreError, StoreOptions, open_data
@@ -61,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--workers", type=int, default=2, metavar="N", help="processes that read and decode")
     add("--global-batch", type=int, default=data.global_batch, metavar="B", help="samples of a step, over all ranks")
     add("--accumulation", type=int, default=data.accumulation, metavar="N", help="micro-batches of a rank's step")
+    add("--mixing", action="store_true", help="the run mixes pairs of samples, which stay together")
     add("--seed", type=int, default=Recipe().seed, metavar="S", help="that of the run")
     add("--epoch", type=int, default=0, metavar="E", help="the one to audit; the first is 0")
     add("--start-step", type=int, default=0, metavar="K", help="replay the epoch from this step of it on")
@@ -79,26 +81,28 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _audit(arguments: argparse.Namespace) -> int:
-    _check(arguments)
+    layout = _layout(arguments)
     budget = Budget(arguments.max_bad)
     options = StoreOptions(arguments.remote, arguments.cache, arguments.cache_size)
     index, store = open_data(arguments.data, options)
     reader = IdReader(index, arguments.split, store)
     plan = _plan(arguments, index)
-    print("\n".join(_described(arguments, plan, reader)))
+    print("\n".join(_described(arguments, plan, layout, reader)))
     wrong = audit_plan(plan, arguments.epoch)
     if not arguments.plan_only:
-        wrong += _replay(arguments, plan, reader, budget.allows(plan.num_samples))
+        wrong += _replay(arguments, plan, layout, reader, budget.allows(plan.num_samples))
     print("\n".join(f"wrong: {_line(text)}" for text in wrong) or "exact: nothing is wrong", flush=True)
     return 1 if wrong else 0
 
 
-def _check(arguments: argparse.Namespace) -> None:
+def _layout(arguments: argparse.Namespace) -> Layout:
     for name, least in _LEAST.items():
         if getattr(arguments, name) < least:
             option = "--" + name.replace("_", "-")
             raise UserError(f"{option} {getattr(arguments, name)}: it must be {least} or more")
-    check_layout(arguments.global_batch, arguments.world, arguments.accumulation, pairs=False)
+    layout = Layout(arguments.global_batch, arguments.world, arguments.accumulation, arguments.mixing)
+    layout.check()
+    return layout
 
 
 def _plan(arguments: argparse.Namespace, index: Index) -> Plan:
@@ -120,12 +124,13 @@ def _plan(arguments: argparse.Namespace, index: Index) -> Plan:
     return plan
 
 
-def _described(arguments: argparse.Namespace, plan: Plan, reader: Reader) -> list[str]:
+def _described(arguments: argparse.Namespace, plan: Plan, layout: Layout, reader: Reader) -> list[str]:
     """The plan in words."""
+    uneven = "" if layout.is_even else f" of {layout.sizes[0]} or {layout.sizes[-1]} samples (DDP and FSDP2 alone)"
     lines = [
         f"plan: {plan.num_samples:,} samples of split {reader.split}, fingerprint {plan.fingerprint}, seed "
         f"{plan.seed}, epoch {arguments.epoch}: {plan.batches_per_epoch:,} global batches of {plan.global_batch:,}, on "
-        f"{arguments.world:,} ranks x {arguments.accumulation:,} micro-batches"
+        f"{layout.world:,} ranks x {layout.accumulation:,} micro-batches{uneven}"
     ]
     shuffle = plan.shuffle
     if not isinstance(shuffle, WindowShuffle):
@@ -160,9 +165,9 @@ def audit_plan(plan: Plan, epoch: int) -> list[str]:
     ]
 
 
-def _replay(arguments: argparse.Namespace, plan: Plan, reader: IdReader, allowed: int) -> list[str]:
+def _replay(arguments: argparse.Namespace, plan: Plan, layout: Layout, reader: IdReader, allowed: int) -> list[str]:
     """Prints what the ranks were given, sample by sample where keys are asked for; what is wrong with it."""
-    replay = Replay(reader, plan, arguments.world, arguments.accumulation)
+    replay = Replay(reader, plan, layout)
     total = (plan.batches_per_epoch - arguments.start_step) * plan.global_batch
     if arguments.workers:
         serve_workers()

@@ -79,7 +79,7 @@ def make(world: World, name: str, image_size: int) -> tuple[Backend, EMA]:
     """A model with all of its states."""
     torch.manual_seed(0)
     model = timm.create_model(name, img_size=image_size)
-    backend = wrap(world, model, lambda m: adamw(m, (0.9, 0.999), 1e-8, 0.0), BATCH, StepOptions())
+    backend = wrap(world, model, lambda m: adamw(m, (0.9, 0.999), 1e-8, 0.0), StepOptions(BATCH * world.size))
     ema = EMA(backend, DECAY)
     images = torch.randn(BATCH, 3, image_size, image_size, device=world.device)
     classes: int = model.num_classes  # type: ignore[assignment]

@@ -14,6 +14,7 @@ from pipeline.data.loading import Loading, serve_workers
 from pipeline.data.samples import Samples, Transform
 from pipeline.data.stream import TrainStream
 from shards.index import Index
+from shards.layout import Layout
 from shards.plan import Plan
 from shards.reader import Reader
 
@@ -40,7 +41,8 @@ def _stream(folder: Path, transform: Transform) -> Iterator[Tensor]:
     samples = Samples(Reader(index, "train"), transform, seed=0, substitutes=True)
     plan = Plan(len(samples.reader), index.fingerprint("train"), 0, BATCH)
     world = World("ddp", 0, 1, torch.device("cpu"))
-    with TrainStream(samples, plan, world, 1, Loading(WORKERS, world.device)).open(0, ENDLESS) as steps:
+    layout, loading = Layout(BATCH, world.size), Loading(WORKERS, world.device)
+    with TrainStream(samples, plan, world, layout, loading).open(0, ENDLESS) as steps:
         for micro_batches in steps:
             for batch in micro_batches:
                 yield batch.images

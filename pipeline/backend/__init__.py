@@ -19,12 +19,11 @@ def wrap(
     world: World,
     model: nn.Module,
     make_optimizer: Callable[[nn.Module], Optimizer],
-    micro_batch: int,
     options: StepOptions,
 ) -> Backend:
     """The model on the world's device under the strategy that the launch file asks for, checked to be just that.
 
-    micro_batch: samples of one forward pass of a rank. Raises UserError where the strategy cannot be had.
+    Raises UserError where the strategy cannot be had.
     """
     check_options(world, options)
     model = model.to(world.device)
@@ -40,7 +39,7 @@ def wrap(
     from pipeline.backend.deepspeed_config import read_config
 
     path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    config = read_config(path, micro_batch, world.size, options)
+    config = read_config(path, world.size, options)
     return DeepSpeed(world, model, make_optimizer(model), options, config)
 
 

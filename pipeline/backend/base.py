@@ -30,10 +30,12 @@ class Stepped(NamedTuple):
 
 @dataclass(frozen=True)
 class StepOptions:
-    """How a step is computed: micro-batches, the largest gradient norm (0: no clipping), the arithmetic as the recipe's
-    runtime.precision has it, groups of ranks that hold a whole model each (FSDP2 alone), torch.compile's backend for
-    the layers ("off": none), and every how-manieth layer computes its activations twice (0: none)."""
+    """How a step is computed: samples over all ranks, micro-batches of a rank, the largest gradient norm (0: no
+    clipping), the arithmetic as the recipe's runtime.precision has it, groups of ranks that hold a whole model each
+    (FSDP2 alone), torch.compile's backend for the layers ("off": none), and every how-manieth layer computes its
+    activations twice (0: none)."""
 
+    global_batch: int
     accumulation: int = 1
     clip_norm: float = 0.0
     precision: str = "fp32"
@@ -44,7 +46,7 @@ class StepOptions:
     @classmethod
     def of(cls, recipe: Recipe) -> "StepOptions":
         runtime = recipe.runtime
-        step = recipe.data.accumulation, recipe.optimizer.clip_norm, runtime.precision
+        step = recipe.data.global_batch, recipe.data.accumulation, recipe.optimizer.clip_norm, runtime.precision
         return cls(*step, runtime.fsdp_replicas, runtime.compile, runtime.activation_checkpointing)
 
 
@@ -75,14 +77,21 @@ class Backend(ABC):
         return torch.autocast(self.world.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
     def forward_loss(self, criterion: Criterion, batch: Mixed) -> Tensor:
-        """Loss of one mixed micro-batch: images float [B, 3, H, W], targets float [B, C]."""
+        """Loss of one mixed micro-batch: images float [B, 3, H, W], targets float [B, C].
+
+        Ranks and micro-batches are averaged, whatever they hold. So that losses and gradients come to the means over
+        the samples of the global batch, a micro-batch of n samples counts n / m times, where m is their mean size.
+        """
         images, targets = batch
         with self.autocast():
             outputs = self.model(images)
-        return criterion(outputs, targets)
+        loss = criterion(outputs, targets)
+        parts = self.world.size * self.options.accumulation
+        is_mean = len(targets) * parts == self.options.global_batch  # as always where all are equal
+        return loss if is_mean else loss * (len(targets) * parts / self.options.global_batch)
 
     def agreed(self, loss: Tensor) -> float:
-        """The mean of a micro-batch's loss over ranks, so that all know whether it is finite. Whoever decides on a
+        """The mean of the ranks' `forward_loss`, so that all know whether it is finite. Whoever decides on a
         backward pass has to: this waits for the forward pass on the device; the ranks agree on the CPU."""
         return self.world.sum([loss.item()])[0] / self.world.size
 

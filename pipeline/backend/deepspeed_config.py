@@ -9,16 +9,16 @@ from shards.errors import UserError
 STAGES = (1, 2, 3)
 
 
-def read_config(path: str, micro_batch: int, world_size: int, options: StepOptions) -> dict:
-    """The DeepSpeed JSON with every "auto" filled from the recipe.
+def read_config(path: str, world_size: int, options: StepOptions) -> dict:
+    """The DeepSpeed JSON with every "auto" filled from the recipe, whose micro-batches are all equal.
 
     Raises UserError where the file is missing or no JSON, an "auto" is left, a value contradicts the recipe, the ZeRO
     stage is not one of STAGES or cannot do what the recipe asks for, or something is offloaded to NVMe.
     """
     config = _read(path)
     owned = {
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "train_batch_size": micro_batch * options.accumulation * world_size,
+        "train_micro_batch_size_per_gpu": options.global_batch // options.accumulation // world_size,
+        "train_batch_size": options.global_batch,
         "gradient_accumulation_steps": options.accumulation,
         "gradient_clipping": options.clip_norm,
     }

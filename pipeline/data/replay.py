@@ -1,5 +1,6 @@
 """What the ranks of a run would be given, and whether it is what was planned."""
 
+from bisect import bisect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pipeline.data.batch import Batch, Request
 from pipeline.data.loading import Loading, load
 from pipeline.data.samples import Samples
 from pipeline.data.stream import TrainStream
+from shards.layout import Layout
 from shards.members import MemberReader
 from shards.plan import Ids, Plan
 from shards.reader import BadSample
@@ -52,9 +54,9 @@ class Replay:
     nothing but a defect of the stream itself can bring it about.
     """
 
-    def __init__(self, reader: IdReader, plan: Plan, world: int, accumulation: int) -> None:
-        self._reader, self._plan, self._accumulation = reader, plan, accumulation
-        self._worlds = [World("ddp", rank, world, torch.device("cpu")) for rank in range(world)]
+    def __init__(self, reader: IdReader, plan: Plan, layout: Layout) -> None:
+        self._reader, self._plan, self._layout = reader, plan, layout
+        self._worlds = [World("ddp", rank, layout.world, torch.device("cpu")) for rank in range(layout.world)]
         self.num_steps = self.num_planned = self.num_quarantined = self.num_substitutes = self.num_delivered = 0
         self.bad: dict[int, BadSample] = {}
         self.wrong: list[str] = []
@@ -67,14 +69,13 @@ class Replay:
         """
         samples = Samples(self._reader, ReadOnly(decodes), self._plan.seed, substitutes=True)
         loading = Loading(workers, torch.device("cpu"))
-        streams = [TrainStream(samples, self._plan, world, self._accumulation, loading) for world in self._worlds]
+        streams = [TrainStream(samples, self._plan, world, self._layout, loading) for world in self._worlds]
         batches_before = epoch * self._plan.batches_per_epoch
         requests = self._requests(streams, epoch, start)
-        size = self._plan.global_batch // len(streams) // self._accumulation
-        with closing(self._reader.store), load(samples, requests, loading, size) as batches:
+        starts = [self._layout.share(rank).start for rank in range(self._layout.world)]
+        with closing(self._reader.store), load(samples, requests, loading, self._layout.sizes[-1]) as batches:
             for batch in batches:
-                rank = batch.first * len(streams) // self._plan.global_batch
-                yield batch.step - batches_before, rank, self.note(batch)
+                yield batch.step - batches_before, bisect(starts, batch.first) - 1, self.note(batch)
 
     def _requests(self, streams: Sequence[TrainStream], epoch: int, start: int) -> Iterator[Request]:
         store = self._reader.store

@@ -11,7 +11,8 @@ from pipeline.data.batch import PADDING, Batch, Request
 from pipeline.data.loading import Loading, load
 from pipeline.data.samples import Samples
 from shards.errors import UserError
-from shards.plan import Plan, WindowShuffle, evaluation_share, micro_batches, mixing_distance, rank_slice
+from shards.layout import Layout
+from shards.plan import Ids, Plan, WindowShuffle, evaluation_share, mixing_distance
 
 _AHEAD = 2**17  # samples of the global sequence; some windows of most plans
 
@@ -23,21 +24,19 @@ class TrainStream:
     samples: Samples
     plan: Plan
     world: World
-    accumulation: int
+    layout: Layout
     loading: Loading
 
     def requests(self, start: int, stop: int) -> Iterator[Request]:
         """The micro-batches of optimizer steps start .. stop - 1, in order."""
+        parts = self.layout.micro_batches(self.world.rank)
         for step in range(start, stop):
-            ids = self._ids(step)
-            first = self.world.rank * len(ids)
-            for micro_batch in micro_batches(ids, self.accumulation):
-                yield Request(micro_batch, first, step, step // self.plan.batches_per_epoch)
-                first += len(micro_batch)
+            ids = self._global_batch(step)
+            for part in parts:
+                yield Request(ids[part], part.start, step, step // self.plan.batches_per_epoch)
 
-    def _ids(self, step: int) -> np.ndarray:
-        epoch, position = divmod(step, self.plan.batches_per_epoch)
-        return rank_slice(self.plan.ids(epoch, position), self.world.rank, self.world.size)
+    def _global_batch(self, step: int) -> Ids:
+        return self.plan.ids(*divmod(step, self.plan.batches_per_epoch))
 
     @contextmanager
     def open(self, start: int, stop: int) -> Iterator[Iterator[list[Batch]]]:
@@ -45,13 +44,13 @@ class TrainStream:
 
         The images of a step stay as they are until the next step is asked for: their memory is used again.
         """
-        size = self.plan.global_batch // self.world.size // self.accumulation
+        largest, accumulation = self.layout.sizes[-1], self.layout.accumulation
         with (
             closing(self.samples.reader.store),
-            load(self.samples, self._announced(start, stop), self.loading, size, self.accumulation) as batches,
+            load(self.samples, self._announced(start, stop), self.loading, largest, accumulation) as batches,
         ):
             # The same iterator `accumulation` times: consecutive batches make a step.
-            yield (list(step) for step in zip(*[batches] * self.accumulation, strict=True))
+            yield (list(step) for step in zip(*[batches] * accumulation, strict=True))
 
     def _announced(self, start: int, stop: int) -> Iterator[Request]:
         """The requests; ahead of each step, its shards are announced to a store that fetches whole shards."""
@@ -60,9 +59,12 @@ class TrainStream:
             yield from self.requests(start, stop)
             return
         announced, ahead = start, max(1, _AHEAD // self.plan.global_batch)
+        share = self.layout.share(self.world.rank)
         for step in range(start, stop):
             until = min(step + ahead, stop)
-            reader.store.ahead(name for later in range(announced, until) for name in reader.shards_of(self._ids(later)))
+            reader.store.ahead(
+                name for later in range(announced, until) for name in reader.shards_of(self._global_batch(later)[share])
+            )
             announced = until
             yield from self.requests(step, step + 1)
 
@@ -77,12 +79,16 @@ class TrainStream:
                 )
             return "global shuffle" + (f": each of the {nodes} nodes reads all shards" if nodes > 1 else "")
         runs, apart = plan.shuffle.runs, mixing_distance(plan)
-        share = f"about 1/{nodes}" if runs % nodes == 0 else f"more than 1/{nodes} (which does not divide the runs)"
+        share = f"about 1/{nodes}" if self._nodes_take_whole_runs(runs) else f"more than 1/{nodes} (nodes share runs)"
         return (
             f"window shuffle of {runs} runs, {plan.shuffle.window:,} samples a window: neighbours in storage come "
             f"{apart:,.0f} samples apart in the median (all over the epoch: {0.29 * plan.num_samples:,.0f}); a node "
             f"fetches {share} of the shards an epoch"
         )
+
+    def _nodes_take_whole_runs(self, runs: int) -> bool:
+        first_ranks = range(0, self.world.size, self.world.size // self.world.nodes)
+        return all(self.layout.share(rank).start % (self.plan.global_batch // runs) == 0 for rank in first_ranks)
 
     def state(self, done: int) -> dict[str, object]:
         """Where the trainer stands after `done` steps: what is planned next follows from it, on any world."""

@@ -7,8 +7,9 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from shards.errors import UserError
+from shards.layout import Layout
 from shards.members import MemberReader
-from shards.plan import Ids, Plan, check_layout, micro_batches, rank_slice
+from shards.plan import Ids, Plan
 
 
 class WebDatasetSource(IterableDataset):
@@ -27,11 +28,12 @@ class WebDatasetSource(IterableDataset):
 
     def __init__(self, reader: MemberReader, plan: Plan, rank: int = 0, world: int = 1, accumulation: int = 1) -> None:
         super().__init__()
-        check_layout(plan.global_batch, world, accumulation, pairs=False)
+        layout = Layout(plan.global_batch, world, accumulation)
+        layout.check_even("a webdataset pipeline makes batches of one size")
         if not 0 <= rank < world:
             raise UserError(f"rank {rank} of {world}: ranks are 0 to {world - 1}")
         self.reader, self.plan = reader, plan
-        self._rank, self._world, self._accumulation = rank, world, accumulation
+        self._parts = layout.micro_batches(rank)
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # persistent workers see it change
 
     @property
@@ -53,7 +55,6 @@ class WebDatasetSource(IterableDataset):
     def micro_batches(self, worker: int = 0, num_workers: int = 1) -> Iterator[Ids]:
         """The ids [global_batch / world / accumulation] of each micro-batch of a worker, in its order."""
         epoch = self.epoch
-        for number in range(worker, self.plan.batches_per_epoch * self._accumulation, num_workers):
-            batch, part = divmod(number, self._accumulation)
-            ids = rank_slice(self.plan.ids(epoch, batch), self._rank, self._world)
-            yield micro_batches(ids, self._accumulation)[part]
+        for number in range(worker, self.plan.batches_per_epoch * len(self._parts), num_workers):
+            batch, part = divmod(number, len(self._parts))
+            yield self.plan.ids(epoch, batch)[self._parts[part]]

@@ -29,7 +29,7 @@ def make_backend() -> Callable[..., Backend]:
     def make(strategy: str, **options: object) -> Backend:
         torch.manual_seed(0)
         world = World(strategy, 0, 1, torch.device("cpu"))
-        found = wrap(world, nn.Linear(3, 2), lambda m: adamw(m, (0.9, 0.999), 1e-8, 0.0), 4, StepOptions(**options))
+        found = wrap(world, nn.Linear(3, 2), lambda m: adamw(m, (0.9, 0.999), 1e-8, 0.0), StepOptions(4, **options))
         found.set_lr(0.1)
         return found
 

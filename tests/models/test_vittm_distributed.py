@@ -58,7 +58,7 @@ def train(world: World, name: str) -> list[list[float]]:
     model = ViTTM(**SMALL | MODELS[name])
     model.set_grad_checkpointing(name == "activation checkpointing")
     optimizer = partial(adamw, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05)
-    backend = wrap(world, model, optimizer, BATCH // world.size, StepOptions())
+    backend = wrap(world, model, optimizer, StepOptions(BATCH))
     backend.set_lr(1e-3)
     generator = torch.Generator().manual_seed(1)
     steps = []

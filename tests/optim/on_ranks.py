@@ -115,7 +115,8 @@ def build(world: World, name: str) -> Backend:
     section = Optimizer(name, weight_decay=0.05, layer_decay=0.8, shampoo=shampoo)
     groups = optim.group(model, section.layer_decay)
     make = functools.partial(optim.make_optimizer, section=section, groups=groups)
-    return wrap(world, model, make, BATCH // world.size, StepOptions(clip_norm=0.5))
+    global_batch = BATCH // 2 * world.size if name == "soap" else BATCH  # see step()
+    return wrap(world, model, make, StepOptions(global_batch, clip_norm=0.5))
 
 
 def step(backend: Backend, steps: Iterable[int]) -> list[float]:

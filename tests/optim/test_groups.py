@@ -37,7 +37,7 @@ def test_layer_decay_reaches_the_learning_rate_whatever_the_schedule(alone):
     model = vittm(depth=2)
     section = Optimizer(layer_decay=0.5, weight_decay=0.1)
     groups = optim.group(model, section.layer_decay)
-    backend = wrap(alone, model, lambda m: optim.make_optimizer(m, section, groups), 4, StepOptions())
+    backend = wrap(alone, model, lambda m: optim.make_optimizer(m, section, groups), StepOptions(4))
     for lr in (0.8, 0.4):
         backend.set_lr(lr)
         rates = [(group["lr"], group["weight_decay"]) for group in backend.optimizer.param_groups]

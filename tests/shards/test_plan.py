@@ -9,14 +9,7 @@ from hypothesis import strategies as st
 
 from shards.errors import UserError
 from shards.keyed import Permutation, uniforms
-from shards.plan import (
-    Plan,
-    check_layout,
-    evaluation_share,
-    micro_batches,
-    nearest_worlds,
-    rank_slice,
-)
+from shards.plan import Plan, evaluation_share
 
 FINGERPRINT = "0123456789abcdef"
 PLANNED = [[890, 346, 364, 309, 389, 459, 761, 398], [711, 76, 807, 237, 308, 245, 29, 425]]
@@ -80,15 +73,6 @@ def test_an_epoch_and_its_tail_hold_every_sample_once(num_samples, seed, epoch, 
     assert np.array_equal(np.sort(np.concatenate([*batches, tail])), np.arange(num_samples))
 
 
-@given(WORLDS, st.integers(1, 4), st.integers(1, 4), st.integers(0, 99))
-def test_global_batches_do_not_depend_on_the_world(world, accumulation, samples, epoch):
-    global_batch = world * accumulation * samples
-    ids = Plan(global_batch * 2 + 1, FINGERPRINT, 0, global_batch).ids(epoch, 1)
-    ranks = [micro_batches(rank_slice(ids, rank, world), accumulation) for rank in range(world)]
-    assert all(rank.shape == (accumulation, samples) for rank in ranks)
-    assert np.array_equal(np.concatenate([rank.ravel() for rank in ranks]), ids)
-
-
 def test_epochs_seeds_and_datasets_are_shuffled_differently():
     plans = [Plan(500, FINGERPRINT, 0, 500), Plan(500, FINGERPRINT, 1, 500), Plan(500, "f" * 16, 0, 500)]
     orders = {tuple(plan.ids(epoch, 0)) for plan in plans for epoch in (0, 1)}
@@ -115,32 +99,6 @@ def test_an_epoch_without_batches_is_an_error():
         Plan(63, FINGERPRINT, 0, 0)
     with pytest.raises(IndexError, match="batch 2 of an epoch of 2 batches"):
         Plan(63, FINGERPRINT, 0, 30).ids(0, 2)
-
-
-@given(st.integers(1, 512), st.integers(1, 64), st.integers(1, 8), st.booleans())
-def test_a_layout_is_refused_with_what_would_work(global_batch, world, accumulation, pairs):
-    unit = world * accumulation * (2 if pairs else 1)
-    if global_batch % unit == 0:
-        check_layout(global_batch, world, accumulation, pairs)
-        return
-    with pytest.raises(UserError, match=f"a multiple of {unit}"):
-        check_layout(global_batch, world, accumulation, pairs)
-    for other in nearest_worlds(global_batch, world, accumulation, pairs):
-        check_layout(global_batch, other, accumulation, pairs)
-
-
-@pytest.mark.parametrize(
-    ("layout", "text"),
-    [
-        ((100, 3, 1, False), r"multiple of 3\. Set the global batch to 99 or 102, or run on 2 or 4 ranks\."),
-        ((2, 3, 1, False), r"multiple of 3\. Set the global batch to 3, or run on 2 ranks\."),
-        ((12, 4, 1, True), r"of pairs \(mixing is on\).*multiple of 8.*8 or 16, or run on 3 or 6 ranks\."),
-        ((9, 3, 1, True), "multiple of 6. Set the global batch to 6 or 12; no number of ranks fits 9."),
-    ],
-)
-def test_layout_errors_name_the_nearest(layout, text):
-    with pytest.raises(UserError, match=text):
-        check_layout(*layout)
 
 
 @given(st.integers(0, 3000), WORLDS)
