@@ -87,6 +87,7 @@ def _range_errors(recipe: Recipe) -> list[str]:
         "optimizer.clip_norm",
     )
     runtime = ("runtime.processes", "runtime.activation_checkpointing", "runtime.max_skipped", "runtime.spike")
+    runtime += ("runtime.hang_timeout",)
     counts = ("data.workers", "data.runs", "augment.randaugment_ops", *runtime)
     limits = [
         *((name, 1, float("inf")) for name in positive),
