@@ -27,10 +27,10 @@ def launch(job: Callable[[World], str], runtime: Runtime, run_dir: Path) -> NoRe
     stop, place = StopFlag(), Place()
     watchdog = Watchdog(run_dir, stop, place, runtime.hang_timeout)
     try:
+        stop.listen()
         if os.environ.get("RANK", "0") == "0":
             forget_outcome(run_dir)
         keep_log(run_dir)
-        stop.listen()
         watchdog.start()
         # The collectives' own time-out would end the ranks without a word on who is missing.
         timeout = max(TIMEOUT, timedelta(seconds=2 * runtime.hang_timeout))

@@ -97,10 +97,9 @@ def fetch(run: Run, batches: Iterator[list[Batch]], step: int) -> list[Batch] | 
     run.world.place.at(f"step {step}: waiting for data")
     with run.record.meter.waiting():
         found = run.world.stop.wait_for(lambda: next(batches))
-    run.quarantine.note(found or [], step)
-    stopping = run.quarantine.poll()
     run.world.place.at(f"step {step}: training")
-    return None if stopping else found
+    run.quarantine.note(found or [], step)
+    return None if run.quarantine.poll() else found
 
 
 def settle(run: Run, done: int, stepped: Stepped, batches: Sequence[Batch]) -> None:

@@ -3,6 +3,7 @@
 import json
 import pickle
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ def dump(path: Path) -> tuple[dict[str, int], str]:
         entries = [entry for dumped in recorded.values() for entry in dumped["entries"] if not entry["is_p2p"]]
         if entries:
             found.append((_begun(entries), _told(max(entries, key=lambda entry: entry["time_created_ns"]))))
-            path.write_text(json.dumps(recorded, indent=1, default=str))
+            with suppress(OSError):
+                path.write_text(json.dumps(recorded, indent=1, default=str))
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()

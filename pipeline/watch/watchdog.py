@@ -13,13 +13,14 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn
 
 from pipeline.backend import Place, StopFlag, World
 from pipeline.checkpoint import saved_step
-from pipeline.record import last_step, read_outcome, write_outcome
+from pipeline.record import OUTCOME, last_step, read_outcome, write_outcome
 from pipeline.watch import flight
 from pipeline.watch.log import LOGS
 from pipeline.watch.notes import Note, Notes
@@ -28,7 +29,7 @@ from shards.errors import UserError
 
 CALM, ALARMED = 1.0, 0.25  # seconds between two looks
 SILENCE = 5.0  # seconds without a word, in an alarm, after which a rank is taken for stopped, dead or cut off
-EARLY = 15.0  # seconds that a signalled rank may take to agree with the others before there is anything to save
+EARLY = 10.0  # seconds that a signalled rank may take to agree with the others before there is anything to save
 EXIT_CODES = {"done": 0, "requeue": 75}
 EXIT_DEFECT = 1
 REMEDY = (
@@ -97,16 +98,21 @@ class Watchdog:
     def _look(self, notes: Notes) -> None:
         trouble = self._failed or 0 < self._timeout < self._place.seconds()
         if trouble != self._note.trouble or (trouble and not notes.alarm):
-            notes.set_alarm(trouble)
+            with suppress(OSError):  # a full disk; the others will notice by themselves
+                notes.set_alarm(trouble)
         alarmed = trouble or notes.alarm
         if (alarmed and not self._alarmed) or (trouble and not self._note.trouble):
-            self._dump()
+            with suppress(OSError):
+                self._dump()
             self._heard.clear()
         self._alarmed = alarmed
         if alarmed:
-            where = {"count": self._place.count, "label": self._place.label, "seconds": self._place.seconds()}
-            self._note = dataclasses.replace(self._note, trouble=trouble, beat=self._note.beat + 1, **where)
-            notes.write(self._note)
+            place, beat = self._place, self._note.beat + 1
+            self._note = dataclasses.replace(
+                self._note, trouble=trouble, beat=beat, count=place.count, label=place.label, seconds=place.seconds()
+            )
+            with suppress(OSError):
+                notes.write(self._note)
         if trouble:
             self._judge(notes)
 
@@ -117,11 +123,10 @@ class Watchdog:
         self._note = dataclasses.replace(self._note, begun=begun, last=last)
 
     def _judge(self, notes: Notes) -> None:
-        outcome = self._outcome()
-        if outcome:  # another rank's: this one's trouble is the consequence
-            self._end(outcome["outcome"], outcome["step"], outcome["reason"])
+        if outcome := self._outcome():  # another rank's: this one's trouble is the consequence
+            self._leave(outcome["outcome"], f"this rank ends with the launch; {self._run_dir / OUTCOME} says why")
         now = time.monotonic()
-        self._known |= notes.read()
+        self._known |= notes.read() | {self._note.rank: self._note}
         for rank, note in self._known.items():
             if note.beat != self._heard.get(rank, (-1, now))[0]:
                 self._heard[rank] = note.beat, now
@@ -149,7 +154,10 @@ class Watchdog:
             if not self._outcome():
                 write_outcome(self._run_dir, outcome, step, reason)
         except (OSError, UserError) as error:
-            reason += f" ({self._run_dir} takes no outcome.json: {error})"
+            reason += f" ({self._run_dir} takes no {OUTCOME}: {error})"
+        self._leave(outcome, reason)
+
+    def _leave(self, outcome: str, reason: str) -> NoReturn:
         # Beside this thread: whoever reads what is printed may have stopped, too.
         telling = threading.Thread(target=_tell, args=(f"{outcome}: {reason}",), daemon=True)
         telling.start()
