@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from pipeline.backend import World
+from pipeline.launch import launch
 from pipeline.recipe import Recipe, Runtime
 from pipeline.record import RECIPE, check_same_recipe, read_outcome, weights_path, write_outcome
-from pipeline.trainer import fit, launch
+from pipeline.trainer import fit
 from pipeline.validate import validate
 from shards.errors import UserError
 

@@ -1,15 +1,17 @@
 """Top-1 and top-5 of every head, every sample counted once on any number of ranks."""
 
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.augment.device import normalise
-from pipeline.backend import Backend
+from pipeline.backend import Backend, Stopped
 from pipeline.data.batch import PADDING, UNREADABLE, Batch
 from pipeline.loss import heads_of
 
@@ -36,13 +38,24 @@ class Evaluator:
         module.eval()
         totals: dict[str, Tensor] = {}
         try:
-            for batch in batches:
+            for batch in self._arriving(batches):
                 self._add(totals, batch)
-                if self.backend.world.should_stop():
-                    return None
+        except Stopped:
+            return None
         finally:
             module.train()
         return self._reduce(totals)
+
+    def _arriving(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches, of which all ranks have equally many; raises Stopped, on all, where one was signalled."""
+        world, coming = self.backend.world, iter(batches)
+        for number in itertools.count(1):
+            world.place.at(f"evaluation: waiting for batch {number}")
+            batch = world.stop.wait_for(partial(next, coming, None))
+            world.reach(f"evaluation: batch {number}")
+            if batch is None:
+                return
+            yield batch
 
     @torch.no_grad()
     def _add(self, totals: dict[str, Tensor], batch: Batch) -> None:

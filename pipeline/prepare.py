@@ -47,7 +47,7 @@ UNEVEN_IS_SERVED = (
 def prepare(recipe: Recipe, world: World) -> Run:
     """The run of a recipe on this rank, ready for the step after its newest checkpoint.
 
-    Raises UserError for whatever cannot work.
+    Raises UserError for whatever cannot work, and Stopped where a rank is signalled to stop.
     """
     validate(recipe)
     optim.table.check(recipe.optimizer.name, world.strategy)
@@ -58,6 +58,7 @@ def prepare(recipe: Recipe, world: World) -> Run:
     if recipe.data.workers:
         serve_workers()
     options = StoreOptions(recipe.data.remote, recipe.data.cache, recipe.data.cache_size)
+    world.reach("opening the data")
     index, store = open_data(recipe.data.path, options)
     given = make_input(recipe, index, store, world)
     schedule, durations = make_schedule(recipe, given.stream.plan.batches_per_epoch)
@@ -65,6 +66,7 @@ def prepare(recipe: Recipe, world: World) -> Run:
     newest = checkpoints.newest()
     if newest is not None:
         check_same_recipe(read_state(newest)["recipe"], recipe, newest)
+    world.reach("building the model")
     model = make_model(recipe, index.num_classes)
     if newest is None:
         started = give_start(model, recipe.model)
@@ -89,9 +91,11 @@ def begin(run: Run, newest: Path | None) -> None:
     run.input.stream.check_disjoint()
     seed_rank(run, step=0)
     if newest is not None:
+        run.world.reach(f"restoring {newest.name}")
         restore(run, newest)
     run.quarantine.resume(run.progress.start)
     run.skips.resume(run.progress.start)
+    run.world.reach("warming up")
     run.learner.backend.warm_up(run.learner.criterion, _blank(run))
 
 

@@ -1,35 +1,30 @@
-"""fit(): the training loop; launch() and leave(): in and out of a process that trains.
+"""fit(): the training loop.
 
 A checkpoint of a step is taken before the evaluation of that step; a run that resumes there evaluates first.
 """
 
 import json
-import os
-import sys
 import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
-import torch.distributed as dist
 from safetensors.torch import save as as_safetensors
 
-from pipeline.backend import Stepped, World, start
+from pipeline.backend import Stepped, Stopped, World
+from pipeline.checkpoint import saved_step
 from pipeline.data.batch import Batch
 from pipeline.data.stream import evaluation_batches
+from pipeline.launch import launch
+from pipeline.launch import leave as leave
 from pipeline.prepare import load, prepare
-from pipeline.recipe import Recipe, Runtime, flatten
-from pipeline.record import forget_outcome, last_step, read_outcome, weights_path, write_outcome
+from pipeline.recipe import Recipe, flatten
+from pipeline.record import forget_outcome, weights_path, write_outcome
 from pipeline.run import Run
 from shards.crop import has_crop_decode
 from shards.durable import atomic_file
-from shards.errors import UserError
 
-EXIT_CODES = {"done": 0, "requeue": 75}
-EXIT_DEFECT = 1
-EXIT_USER_ERROR = 2
 WHOLE_IMAGES = (
     "augment.decode fast decodes whole images here, to the same pixels, more slowly: crop decoding was not built; "
     "install libjpeg-turbo's headers (Debian: libjpeg62-turbo-dev) and this package again"
@@ -43,7 +38,11 @@ def fit(recipe: Recipe, world: World) -> str:
     """
     if world.is_main:
         forget_outcome(Path(recipe.run_dir))
-    run = prepare(recipe, world)
+    world.place.unsaved = False
+    try:
+        run = prepare(recipe, world)
+    except Stopped:
+        return requeue(world, Path(recipe.run_dir), saved_step(Path(recipe.run_dir)))
     if world.is_main:
         print(describe(run), flush=True)
     outcome = train(run)
@@ -73,9 +72,9 @@ def train(run: Run) -> str:
         if due(start, every.evaluate, total) and not evaluate(run, start):
             return stop(run, start)
         for step in range(start, total):
-            with run.record.meter.waiting():
-                micro_batches = next(batches)
-            run.quarantine.note(micro_batches, step + 1)
+            micro_batches = fetch(run, batches, step + 1)
+            if micro_batches is None:
+                return stop(run, step)
             learner.backend.set_lr(learner.schedule(step))
             stepped = learner.backend.step(learner.criterion, [run.input.augment(batch) for batch in micro_batches])
             done = step + 1
@@ -83,13 +82,23 @@ def train(run: Run) -> str:
             run.record.step(done)
             if due(done, every.log, total) and stepped.applied:
                 log(run, done, stepped)
-            if run.quarantine.poll():
-                return stop(run, done)
             if due(done, every.save, total):
                 save(run, done)
             if due(done, every.evaluate, total) and not evaluate(run, done):
                 return stop(run, done)
         return finish(run)
+
+
+def fetch(run: Run, batches: Iterator[list[Batch]], step: int) -> list[Batch] | None:
+    """This rank's micro-batches of `step`; None, on every rank, where one was signalled to stop.
+
+    The ranks agree once each has its data, or the signal that ends its wait: launchers send it to all of them."""
+    run.world.place.at(f"step {step}: waiting for data")
+    with run.record.meter.waiting():
+        found = run.world.stop.wait_for(lambda: next(batches))
+    run.world.place.at(f"step {step}: training")
+    run.quarantine.note(found or [], step)
+    return None if run.quarantine.poll() else found
 
 
 def settle(run: Run, done: int, stepped: Stepped, batches: Sequence[Batch]) -> None:
@@ -98,6 +107,7 @@ def settle(run: Run, done: int, stepped: Stepped, batches: Sequence[Batch]) -> N
 
     Raises UserError where that happens more often than the recipe allows.
     """
+    run.world.place.unsaved = True
     if not stepped.applied:
         run.skips.note(done, stepped, batches, "the weights stay as they were")
     elif run.spikes.met(stepped.loss.item()):
@@ -149,6 +159,7 @@ def save(run: Run, done: int) -> None:
     diverged, sound checkpoints would be pruned for useless ones. It may be committed behind the steps that follow."""
     if done in (run.progress.saved, run.skips.latest):
         return
+    run.world.place.at(f"step {done}: saving a checkpoint")
     began = time.perf_counter()
     run.record.flush()
     state = {
@@ -173,13 +184,18 @@ def stop(run: Run, done: int) -> str:
     if done:
         save(run, done)
     run.checkpoints.wait()
-    if run.world.is_main:
-        write_outcome(run.run_dir, "requeue", done, "a signal asked the run to stop; start it again to go on")
+    return requeue(run.world, run.run_dir, done)
+
+
+def requeue(world: World, run_dir: Path, done: int) -> str:
+    if world.is_main:
+        write_outcome(run_dir, "requeue", done, "a signal asked the run to stop; start it again to go on")
     return "requeue"
 
 
 def finish(run: Run) -> str:
     """Writes the weights to hand over, and the outcome."""
+    run.world.place.at("writing the weights")
     for name in ("model", "ema") if run.learner.ema else ("model",):
         export(run, name, name, {"format": "pt"})
     run.checkpoints.wait()
@@ -207,41 +223,3 @@ def export(run: Run, variant: str, name: str, metadata: dict[str, str]) -> None:
 def run(recipe: Recipe) -> NoReturn:
     """The main of a recipe file: trains it and exits with its outcome's code."""
     launch(lambda world: fit(recipe, world), recipe.runtime, Path(recipe.run_dir))
-
-
-def launch(job: Callable[[World], str], runtime: Runtime, run_dir: Path) -> NoReturn:
-    """Joins the launch, does the job, leaves: code 0 done, 75 to be started again, 2 the user's error, 1 a defect."""
-    try:
-        if os.environ.get("RANK", "0") == "0":
-            forget_outcome(run_dir)
-        outcome = job(start(runtime.device, runtime.processes))
-    except UserError as error:
-        fail(run_dir, EXIT_USER_ERROR, str(error))
-    except Exception as error:
-        traceback.print_exc()
-        fail(run_dir, EXIT_DEFECT, f"{type(error).__name__}: {error}")
-    dist.barrier()
-    leave(EXIT_CODES[outcome])
-
-
-def fail(run_dir: Path, code: int, reason: str) -> NoReturn:
-    """Says why and leaves, waiting for nobody: other ranks may be stuck in a collective that this one has left.
-
-    The first rank's reason stays in outcome.json; what others fail with is often only its consequence.
-    """
-    print(f"error: {reason}", file=sys.stderr, flush=True)
-    try:
-        if not read_outcome(run_dir):
-            write_outcome(run_dir, "error", last_step(run_dir), reason)
-    except (OSError, UserError) as error:
-        print(f"error: {run_dir} takes no outcome.json: {error}", file=sys.stderr, flush=True)
-    leave(code)
-
-
-def leave(code: int) -> NoReturn:
-    """Exits. Gloo processes sometimes abort (-6) at interpreter exit, whatever is destroyed before: they skip it."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if dist.is_initialized():
-        os._exit(code)
-    sys.exit(code)

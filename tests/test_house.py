@@ -27,8 +27,8 @@ LAYERS = (  # of pipeline, low to high: a module imports lower ones, and none of
     {"validate", "augment", "models", "optim", "checkpoint", "backend", "ema", "loss"},
     {"data"},
     {"evaluate", "record", "best", "divergence"},
-    {"run"},
-    {"prepare"},
+    {"run", "watch"},
+    {"prepare", "launch"},
     {"trainer", "predict", "report"},
     {"chain", "export"},
 )

@@ -8,11 +8,27 @@ from torch.optim import Optimizer
 
 from pipeline.backend.base import Backend, Criterion, Mixed, StepOptions, Stepped
 from pipeline.backend.layers import prepare_layers
+from pipeline.backend.place import Place
+from pipeline.backend.stop import STOP_SIGNALS, StopFlag, Stopped
 from pipeline.backend.toolchain import check_toolchain
-from pipeline.backend.world import World, start
+from pipeline.backend.world import TIMEOUT, World, start
 from shards.errors import UserError
 
-__all__ = ["Backend", "Criterion", "Mixed", "StepOptions", "Stepped", "World", "start", "wrap"]
+__all__ = [
+    "STOP_SIGNALS",
+    "TIMEOUT",
+    "Backend",
+    "Criterion",
+    "Mixed",
+    "Place",
+    "StepOptions",
+    "Stepped",
+    "StopFlag",
+    "Stopped",
+    "World",
+    "start",
+    "wrap",
+]
 
 
 def wrap(

@@ -101,7 +101,8 @@ class Backend(ABC):
             group["lr"] = lr * group.get("lr_scale", 1.0)
 
     def warm_up(self, criterion: Criterion, batch: Mixed) -> None:  # noqa: B027 - most backends need none
-        """Brings the backend into the state it has after its first steps, where that changes the order of sums."""
+        """Brings the backend into the state it has after its first steps, where that changes the order of sums. Raises
+        Stopped where a rank is signalled to stop."""
 
     @abstractmethod
     def step(self, criterion: Criterion, batches: Sequence[Mixed]) -> Stepped:

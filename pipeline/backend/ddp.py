@@ -62,7 +62,8 @@ class DDP(Backend):
         buffers = [buffer.clone() for buffer in self.module.buffers()]
         devices = [self.world.device] if self.world.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
-            for _ in range(WARM_UP_PASSES):
+            for number in range(WARM_UP_PASSES):
+                self.world.reach(f"warming up, pass {number + 1}")
                 self.forward_loss(criterion, batch).backward()
         self.model.zero_grad()
         for buffer, kept in zip(self.module.buffers(), buffers, strict=True):

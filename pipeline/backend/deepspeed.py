@@ -14,7 +14,7 @@ from pipeline.backend import universal, zero
 from pipeline.backend.base import Backend, Criterion, Mixed, StepOptions, Stepped, mean, skipped
 from pipeline.backend.ddp import accumulation_plugin
 from pipeline.backend.layers import cast_inputs
-from pipeline.backend.toolchain import check_toolchain
+from pipeline.backend.toolchain import build_kernels, check_toolchain
 from pipeline.backend.world import World
 from pipeline.sharded import Shard
 from shards.errors import UserError
@@ -30,6 +30,7 @@ class DeepSpeed(Backend):
     ) -> None:
         if world.device.type == "cpu":
             check_toolchain("DeepSpeed", ("g++", "ninja"))
+        build_kernels(kernels(world, config))
         self.accelerator = Accelerator(
             deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config),
             mixed_precision="no",
@@ -123,6 +124,14 @@ class DeepSpeed(Backend):
                 f"ZeRO stage {stage} over {self.world.size} ranks was asked for, but together they update {held:.0f} "
                 f"elements of {trained}: not every weight is in one rank's partition; take ds_configs/zero{stage}.json"
             )
+
+
+def kernels(world: World, config: dict) -> list[str]:
+    """The builders of what DeepSpeed, or Accelerate for it, compiles at first use."""
+    offloads = config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+    adam = offloads and config.get("zero_force_ds_cpu_optimizer", True)
+    collectives = world.device.type == "cpu"
+    return ["ShareMemCommBuilder"] * collectives + ["CPUAdamBuilder"] * adam
 
 
 REMEDY = "the launch did not reach DeepSpeed; start through ds_configs/zero*.yaml"

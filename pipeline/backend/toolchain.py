@@ -1,10 +1,23 @@
 """What compiling at run time needs."""
 
+import fcntl
+import os
 import shutil
+import socket
+import sys
 import sysconfig
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
+
+from torch.utils import cpp_extension
 
 from shards.errors import UserError
+
+LONGEST_BUILD = 300.0  # seconds; the two kernels take 23 and 40 s here
+POLL = 0.1
 
 
 def check_toolchain(who: str, tools: tuple[str, ...]) -> None:
@@ -17,3 +30,72 @@ def check_toolchain(who: str, tools: tuple[str, ...]) -> None:
             f"{who} compiles a kernel at first use, but {', '.join(missing)} is missing: install g++, the Python "
             "headers (Debian: g++ python3-dev) and ninja (pip install ninja), and put ninja on PATH"
         )
+
+
+def build_kernels(builders: Sequence[str]) -> None:
+    """Builds and loads kernels of DeepSpeed's, by the names of their builders, before DeepSpeed does: where a build
+    that was killed left its lock, it would wait for ever. What this machine cannot build is left to DeepSpeed."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    for name in builders:
+        builder = get_accelerator().create_op_builder(name)
+        if builder is not None and deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
+            with building_alone(Path(cpp_extension._get_build_directory(builder.name, verbose=False))):
+                builder.load(verbose=False)
+
+
+@contextmanager
+def building_alone(directory: Path) -> Iterator[None]:
+    """One process of ours at a time builds in `directory`, by an OS lock, which dies with its process; first it removes
+    torch's own lock, the mere file `lock`, where a killed build has left it.
+
+    The OS lock serves all machines on a shared directory where its file system passes it on, as NFS does; where it does
+    not, torch's lock keeps them apart, as it keeps apart other programs and us. So only a lock that is certainly left
+    over goes: the last builder was of this machine, and holds the OS lock no more; or it is older than any build.
+    """
+    with open(directory / "builder", "a+") as file:
+        _lock(file, directory)
+        file.seek(0)
+        _remove_left_over(directory / "lock", ours=file.read().partition(" ")[0] == socket.gethostname())
+        file.truncate(0)
+        file.write(f"{socket.gethostname()} {os.getpid()}")
+        file.flush()
+        yield
+
+
+def _lock(file: TextIO, directory: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        _say(f"waiting for the process that builds {directory} ({file.read() or 'it has just begun'})")
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        _say(f"{directory} takes no lock ({error}): torch's own keeps builds apart")
+
+
+def _remove_left_over(lock: Path, ours: bool) -> None:
+    told = False
+    while lock.exists():
+        age = _age(lock)
+        if ours or age > LONGEST_BUILD:
+            _say(f"{lock} was left by a build that was killed: removed")
+            lock.unlink(missing_ok=True)
+        elif not told:
+            left = LONGEST_BUILD - age
+            _say(f"waiting up to {left:.0f} s for another program that holds {lock}; if none builds, remove it")
+            told = True
+        time.sleep(POLL)
+
+
+def _age(path: Path) -> float:
+    """In seconds; 0 where it has just gone."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

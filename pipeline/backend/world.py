@@ -5,22 +5,23 @@ One World lives as long as the launch; every stage of a chain builds its own Bac
 
 import dataclasses
 import os
-import signal
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from types import FrameType
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
+from pipeline.backend.place import Place
+from pipeline.backend.stop import StopFlag, Stopped
 from shards.errors import UserError
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+FLIGHT_RECORDER = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
+COLLECTIVES_RECORDED = 2000
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class World:
     rank: int
     size: int
     device: torch.device
-    stop: "StopFlag" = field(default_factory=lambda: StopFlag())
+    stop: StopFlag = field(default_factory=StopFlag)
+    place: Place = field(default_factory=Place)
     group: dist.ProcessGroup | None = None
     background: dist.ProcessGroup | None = None
 
@@ -59,6 +61,7 @@ class World:
         total = torch.tensor(list(values), dtype=torch.float64)
         if self.size > 1:
             dist.all_reduce(total, group=self.group)
+        self.place.goes_on()
         return total.tolist()
 
     def gather(self, value: T) -> list[T]:
@@ -66,6 +69,7 @@ class World:
         values = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value, group=self.group)
+        self.place.goes_on()
         return values
 
     def from_main(self, value: T) -> T:
@@ -73,6 +77,7 @@ class World:
         box = [value]
         if self.size > 1:
             dist.broadcast_object_list(box, src=0, group=self.group)
+        self.place.goes_on()
         return box[0]
 
     def should_stop(self) -> bool:
@@ -84,26 +89,24 @@ class World:
         signalled, total = self.sum([float(self.stop.raised), float(count)])
         return signalled > 0, int(total)
 
-
-class StopFlag:
-    """Raised by SIGTERM, SIGINT or SIGUSR1; a second one of the same kind does not interrupt the orderly exit."""
-
-    def __init__(self) -> None:
-        self.raised = False
-
-    def listen(self) -> None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._raise)
-
-    def _raise(self, number: int, frame: FrameType | None) -> None:
-        self.raised = True
+    def reach(self, label: str) -> None:
+        """A place that ranks may stop at. Raises Stopped, on every rank, where any was signalled to stop."""
+        self.place.at(label)
+        if self.should_stop():
+            raise Stopped(label)
 
 
-def start(device: str = "auto", processes: int = 0) -> World:
+def start(
+    device: str = "auto",
+    processes: int = 0,
+    stop: StopFlag | None = None,
+    place: Place | None = None,
+    timeout: timedelta = TIMEOUT,
+) -> World:
     """Joins the launch that `accelerate launch`, torchrun or plain python began.
 
-    device "cpu", "cuda" or "auto" (CUDA where there is one); `processes` > 0 is the world size to insist on.
+    device "cpu", "cuda" or "auto" (CUDA where there is one); `processes` > 0 is the world size to insist on; `stop` and
+    `place` are known to others already; a collective fails after `timeout`.
     Raises UserError where CUDA was asked for and is not there, or the launcher started another number of processes.
     """
     device = _choose_device(device)
@@ -111,11 +114,14 @@ def start(device: str = "auto", processes: int = 0) -> World:
     if device == "cpu":
         # DeepSpeed picks its accelerator when it is first imported; on a CUDA machine it would not be the CPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if not any(name in os.environ for name in FLIGHT_RECORDER):
+        os.environ[FLIGHT_RECORDER[0]] = str(COLLECTIVES_RECORDED)
     if not dist.is_initialized():
-        _join_group(device)
+        _join_group(device, timeout)
     state = PartialState(cpu=device == "cpu")
-    background = dist.new_group(backend="gloo", timeout=TIMEOUT)
-    world = World(strategy, state.process_index, state.num_processes, state.device, background=background)
+    background = dist.new_group(backend="gloo", timeout=timeout, group_desc="background")
+    told = stop or StopFlag(), place or Place()
+    world = World(strategy, state.process_index, state.num_processes, state.device, *told, background=background)
     _check(world, processes)
     world.stop.listen()
     return world
@@ -143,7 +149,7 @@ def _take_strategy(environment: "os._Environ[str]") -> str:
     return "ddp"
 
 
-def _join_group(device: str) -> None:
+def _join_group(device: str, timeout: timedelta) -> None:
     """The process group of the launch; of one, without a launcher, so that nothing later needs to ask.
 
     CPU tensors travel over gloo also on GPU machines: agreeing on something never waits for a device.
@@ -153,9 +159,9 @@ def _join_group(device: str) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "cpu:gloo,cuda:nccl"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        dist.init_process_group(backend, timeout=timeout)
     else:
-        dist.init_process_group(backend, timeout=TIMEOUT, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def _check(world: World, processes: int) -> None:

@@ -35,6 +35,7 @@ from shards.durable import sync_directory
 from shards.errors import UserError
 
 T = TypeVar("T")
+DIRECTORY = "checkpoints"
 LATEST = "latest"
 STATE = "state.json"
 TEMPORARY = ".tmp"
@@ -82,7 +83,7 @@ class Checkpoints:
     def of(cls, run_dir: Path, world: Ranks, section: Checkpoint) -> "Checkpoints":
         """Those of a run. Raises UserError where they are to be uploaded to where nothing can be written."""
         uploads = Uploads(section.upload) if section.upload else None
-        found = cls(run_dir / "checkpoints", world, section.keep, section.asynchronous, uploads)
+        found = cls(run_dir / DIRECTORY, world, section.keep, section.asynchronous, uploads)
         if uploads:
             found._together(lambda: check_destination(uploads.url) if world.is_main else None)
         return found
@@ -237,6 +238,12 @@ class Checkpoints:
 
 def read_state(path: Path) -> dict:
     return json.loads((path / STATE).read_text())
+
+
+def saved_step(run_dir: Path) -> int:
+    """Of the checkpoint that a run has committed last; 0 where there is none."""
+    latest = run_dir / DIRECTORY / LATEST
+    return int(latest.read_text().removeprefix("step-")) if latest.exists() else 0
 
 
 def _write_all(directory: Path, files: dict[str, bytes]) -> None:

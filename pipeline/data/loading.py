@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.backend.world import STOP_SIGNALS
+from pipeline.backend.stop import STOP_SIGNALS
 from pipeline.data.batch import Batch, Filled, Request
 from pipeline.data.samples import Samples
 from shards.errors import UserError

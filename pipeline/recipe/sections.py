@@ -153,6 +153,10 @@ class Runtime:
     """FSDP2: groups of neighbouring ranks that hold a whole model each, in shards; 1 shards it over all ranks."""
     processes: int = 0
     """Refuse to start on another number of ranks than this; 0 takes what the launcher starts."""
+    hang_timeout: float = 480.0
+    """Seconds for which no rank may make progress before the run ends as hung, and names who did not arrive; 0 waits
+    for ever. What is slow but sound has to take less: the first batch from a slow store, compilation, the check of a
+    checkpoint. Below the 10 minutes after which NCCL gives up by itself."""
     log_every: str = "50 steps"
     """How often to log: epochs, steps, or a percentage of the length."""
     deterministic: bool = False

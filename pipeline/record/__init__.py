@@ -1,12 +1,13 @@
 """What a run leaves to be read: metrics.jsonl, TensorBoard, the progress bar, recipe.json and outcome.json."""
 
 from pipeline.record.metrics import kept_metrics, last_evaluation, last_step, read_metrics
-from pipeline.record.outcome import forget_outcome, read_outcome, write_outcome
+from pipeline.record.outcome import OUTCOME, forget_outcome, read_outcome, write_outcome
 from pipeline.record.recipes import RECIPE, check_same_recipe, keep_recipe, read_recipe
 from pipeline.record.record import Record
 from pipeline.record.run_dir import check_writable, code_version, weights_path
 
 __all__ = [
+    "OUTCOME",
     "RECIPE",
     "Record",
     "check_same_recipe",

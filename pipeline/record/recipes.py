@@ -11,7 +11,7 @@ RECIPE = "recipe.json"
 MAY_CHANGE = (
     *("run_dir", "checkpoint.", "evaluation.batch"),
     *("data.path", "data.remote", "data.cache", "data.workers", "data.max_bad", "data.accumulation"),
-    *("runtime.device", "runtime.processes", "runtime.max_skipped", "runtime.log_every"),
+    *("runtime.device", "runtime.processes", "runtime.max_skipped", "runtime.hang_timeout", "runtime.log_every"),
     *("runtime.fsdp_replicas", "runtime.compile", "runtime.activation_checkpointing"),
 )
 """Fields that a resumed run may change: they decide how, not what, is computed (the index has its own fingerprint)."""
