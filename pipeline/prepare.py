@@ -30,6 +30,9 @@ from pipeline.optim import WarmupCosine
 from pipeline.recipe import Recipe
 from pipeline.record import Record, check_same_recipe, check_writable, keep_recipe, kept_metrics
 from pipeline.run import Durations, Input, Learner, Run
+from pipeline.telemetry.figures import Figures
+from pipeline.telemetry.flops import forward_flops, peak_flops
+from pipeline.telemetry.norms import GradientNorms
 from pipeline.validate import num_steps, validate
 from shards.budget import Budget
 from shards.errors import UserError
@@ -73,7 +76,8 @@ def prepare(recipe: Recipe, world: World) -> Run:
     kept = kept_metrics(run_dir, read_state(newest)["step"] if newest else 0) if world.is_main else []
     best = Best.of(learner.evaluator.head_names, world.from_main(kept))
     skips, spikes = Skips(run_dir, world, recipe.runtime.max_skipped), Spikes(recipe.runtime.spike)
-    run = Run(recipe, world, durations, given, learner, checkpoints, record, quarantine, skips, spikes, best)
+    figures = make_figures(recipe, index, learner)
+    run = Run(recipe, world, durations, given, learner, checkpoints, record, quarantine, skips, spikes, best, figures)
     begin(run, newest)
     if world.is_main:
         keep_recipe(run_dir, recipe)
@@ -116,6 +120,7 @@ def load(run: Run, path: Path) -> None:
     state = read_state(path)
     run.checkpoints.load(path, run.learner.backend, run.learner.averages())
     run.spikes.resume(state["losses"])
+    run.record.meter.kept_seconds = state["kept_seconds"]
     if run.learner.ema:
         run.learner.ema.num_updates = state["ema_updates"]
 
@@ -189,6 +194,14 @@ def make_learner(recipe: Recipe, world: World, model: nn.Module, schedule: Warmu
     variants: Variants = {"": nullcontext} | ({"ema_": ema.swap} if ema else {})
     evaluator = Evaluator(backend, names, variants, num_evaluated)
     return Learner(backend, SummedOverHeads(recipe.loss), schedule, ema, evaluator)
+
+
+def make_figures(recipe: Recipe, index: Index, learner: Learner) -> Figures:
+    world = learner.backend.world
+    peak = peak_flops(recipe, world.device)
+    micro_batch = recipe.data.global_batch // world.size // recipe.data.accumulation
+    flops = forward_flops(recipe, index.num_classes, micro_batch) if peak else 0.0
+    return Figures(world, flops, peak, GradientNorms(learner.backend) if recipe.runtime.norms else None)
 
 
 def make_deterministic(recipe: Recipe) -> None:

@@ -18,6 +18,7 @@ from pipeline.optim import WarmupCosine
 from pipeline.recipe import Recipe
 from pipeline.record import Record, code_version
 from pipeline.sharded import Shard
+from pipeline.telemetry.figures import Figures
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class Run:
     skips: Skips
     spikes: Spikes
     best: Best
+    figures: Figures
     progress: Progress = field(default_factory=Progress)
 
     @property

@@ -80,8 +80,8 @@ def train(run: Run) -> str:
             learner.backend.set_lr(learner.schedule(step))
             stepped = learner.backend.step(learner.criterion, [run.input.augment(batch) for batch in micro_batches])
             done = step + 1
-            settle(run, done, stepped, micro_batches)
-            run.record.step(done)
+            kept = settle(run, done, stepped, micro_batches)
+            run.record.step(done, kept)
             if due(done, every.log, total) and stepped.applied:
                 log(run, done, stepped)
             if run.quarantine.poll():
@@ -93,8 +93,8 @@ def train(run: Run) -> str:
         return finish(run)
 
 
-def settle(run: Run, done: int, stepped: Stepped, batches: Sequence[Batch]) -> None:
-    """The average follows a sound step; one that is not finite is passed over; one whose loss leaps up takes the run
+def settle(run: Run, done: int, stepped: Stepped, batches: Sequence[Batch]) -> bool:
+    """Whether the step stays. The average follows a sound step; one that is not finite is passed over; one whose loss leaps up takes the run
     back to its newest checkpoint, from where it goes on with the batches after this one.
 
     Raises UserError where that happens more often than the recipe allows.
@@ -108,8 +108,10 @@ def settle(run: Run, done: int, stepped: Stepped, batches: Sequence[Batch]) -> N
         run.skips.note(done, stepped, batches, f"a spike, above {run.spikes.limit():.4g}: {back}")
         if path:
             load(run, path)
+        return not path
     elif run.learner.ema:
         run.learner.ema.update()
+    return stepped.applied
 
 
 def due(step: int, every: int, total: int) -> bool:
@@ -125,7 +127,7 @@ def log(run: Run, done: int, stepped: Stepped) -> None:
         "lr": run.learner.schedule(done - 1),
         "grad_norm": stepped.grad_norm.item(),
     }
-    run.record.metrics(done, values)
+    run.record.metrics(done, values, run.figures)
 
 
 def evaluate(run: Run, done: int) -> bool:
@@ -157,6 +159,7 @@ def save(run: Run, done: int) -> None:
         "ema_updates": run.learner.ema.num_updates if run.learner.ema else 0,
         "losses": list(run.spikes.losses),
         "seconds": run.progress.seconds(),
+        "kept_seconds": run.record.meter.kept_seconds,
         "world": run.world.size,
         "strategy": run.learner.backend.name,
         "commit": run.progress.commit,

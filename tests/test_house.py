@@ -26,7 +26,7 @@ LAYERS = (  # of pipeline, low to high: a module imports lower ones, and none of
     {"recipe", "sharded"},
     {"validate", "augment", "models", "optim", "checkpoint", "backend", "ema", "loss"},
     {"data"},
-    {"evaluate", "record", "best", "divergence"},
+    {"evaluate", "record", "best", "divergence", "telemetry"},
     {"run"},
     {"prepare"},
     {"trainer", "predict", "report"},
