@@ -14,6 +14,7 @@ from pipeline.augment.exact import EvalTransform, TrainTransform
 from pipeline.augment.fast import FastTrainTransform
 from pipeline.augment.mixing import Mixing
 from pipeline.backend import StepOptions, World, wrap
+from pipeline.backend.tracking import open_trackers
 from pipeline.best import Best
 from pipeline.checkpoint import Checkpoints, read_state
 from pipeline.data.device import DeviceAugment
@@ -27,12 +28,14 @@ from pipeline.evaluate import Evaluator, Variants, head_names
 from pipeline.loss import SummedOverHeads
 from pipeline.models.build import give_start, make_model
 from pipeline.optim import WarmupCosine
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, flatten
 from pipeline.record import Record, check_same_recipe, check_writable, keep_recipe, kept_metrics
-from pipeline.run import Durations, Input, Learner, Run
+from pipeline.run import Durations, Input, Learner, Run, Telemetry
 from pipeline.telemetry.figures import Figures
 from pipeline.telemetry.flops import forward_flops, peak_flops
 from pipeline.telemetry.norms import GradientNorms
+from pipeline.telemetry.pictures import AttentionMaps, AugmentedSamples, has_maps, no_maps, no_samples
+from pipeline.telemetry.profile import Profile
 from pipeline.validate import num_steps, validate
 from shards.budget import Budget
 from shards.errors import UserError
@@ -76,9 +79,11 @@ def prepare(recipe: Recipe, world: World) -> Run:
     kept = kept_metrics(run_dir, read_state(newest)["step"] if newest else 0) if world.is_main else []
     best = Best.of(learner.evaluator.head_names, world.from_main(kept))
     skips, spikes = Skips(run_dir, world, recipe.runtime.max_skipped), Spikes(recipe.runtime.spike)
-    figures = make_figures(recipe, index, learner)
-    run = Run(recipe, world, durations, given, learner, checkpoints, record, quarantine, skips, spikes, best, figures)
+    telemetry = make_telemetry(recipe, index, learner, given, record, durations)
+    run = Run(recipe, world, durations, given, learner, checkpoints, record, quarantine, skips, spikes, best, telemetry)
     begin(run, newest)
+    telemetry.profile.check(durations.total - run.progress.start)
+    record.trackers += open_trackers(recipe.wandb, run_dir, flatten(recipe), world)
     if world.is_main:
         keep_recipe(run_dir, recipe)
     return run
@@ -202,6 +207,20 @@ def make_figures(recipe: Recipe, index: Index, learner: Learner) -> Figures:
     micro_batch = recipe.data.global_batch // world.size // recipe.data.accumulation
     flops = forward_flops(recipe, index.num_classes, micro_batch) if peak else 0.0
     return Figures(world, flops, peak, GradientNorms(learner.backend) if recipe.runtime.norms else None)
+
+
+def make_telemetry(
+    recipe: Recipe, index: Index, learner: Learner, given: Input, record: Record, durations: Durations
+) -> Telemetry:
+    profile, pictures = Profile(recipe.profile, record.run_dir, learner.backend.world), recipe.runtime.pictures
+    samples = AugmentedSamples(record.picture, index.classes, durations.evaluate)
+    maps = AttentionMaps(record.picture, learner.backend, given.validation)
+    return Telemetry(
+        make_figures(recipe, index, learner),
+        profile,
+        samples if pictures and record.is_main else no_samples,
+        maps if pictures and has_maps(learner.backend.module) else no_maps,
+    )
 
 
 def make_deterministic(recipe: Recipe) -> None:

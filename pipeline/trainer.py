@@ -70,7 +70,7 @@ def train(run: Run) -> str:
     learner, every, total = run.learner, run.durations, run.durations.total
     start = run.progress.start
     streaming = run.input.stream.open(start, total)
-    with run.record.open(start, total), run.checkpoints.settled(), streaming as batches:
+    with run.record.open(start, total), run.checkpoints.settled(), run.telemetry.profile.open(), streaming as batches:
         if due(start, every.evaluate, total) and not evaluate(run, start):
             return stop(run, start)
         for step in range(start, total):
@@ -78,10 +78,12 @@ def train(run: Run) -> str:
                 micro_batches = next(batches)
             run.quarantine.note(micro_batches, step + 1)
             learner.backend.set_lr(learner.schedule(step))
-            stepped = learner.backend.step(learner.criterion, [run.input.augment(batch) for batch in micro_batches])
-            done = step + 1
+            mixed, done = [run.input.augment(batch) for batch in micro_batches], step + 1
+            run.telemetry.samples(done, mixed[0])
+            stepped = learner.backend.step(learner.criterion, mixed)
             kept = settle(run, done, stepped, micro_batches)
             run.record.step(done, kept)
+            run.telemetry.profile.step()
             if due(done, every.log, total) and stepped.applied:
                 log(run, done, stepped)
             if run.quarantine.poll():
@@ -94,8 +96,8 @@ def train(run: Run) -> str:
 
 
 def settle(run: Run, done: int, stepped: Stepped, batches: Sequence[Batch]) -> bool:
-    """Whether the step stays. The average follows a sound step; one that is not finite is passed over; one whose loss leaps up takes the run
-    back to its newest checkpoint, from where it goes on with the batches after this one.
+    """The average follows a sound step; one that is not finite is passed over; one whose loss leaps up takes the run
+    back to its newest checkpoint, from where it goes on with the batches after this one. Whether the step stays.
 
     Raises UserError where that happens more often than the recipe allows.
     """
@@ -127,7 +129,7 @@ def log(run: Run, done: int, stepped: Stepped) -> None:
         "lr": run.learner.schedule(done - 1),
         "grad_norm": stepped.grad_norm.item(),
     }
-    run.record.metrics(done, values, run.figures)
+    run.record.metrics(done, values, run.telemetry.figures)
 
 
 def evaluate(run: Run, done: int) -> bool:
@@ -141,6 +143,8 @@ def evaluate(run: Run, done: int) -> bool:
     run.quarantine.poll()
     better = run.best.add(done, values)
     run.record.evaluation(done, run.recipe.data.val, values | run.best.steps())
+    with run.record.meter.paused():
+        run.telemetry.maps(done)
     for name, score in better.items():
         # One key, for safetensors writes several in any order.
         export(run, name, f"best_{name}", {"best": json.dumps({"step": score.step, score.metric: score.value})})

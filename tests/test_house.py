@@ -32,7 +32,7 @@ LAYERS = (  # of pipeline, low to high: a module imports lower ones, and none of
     {"trainer", "predict", "report"},
     {"chain", "export"},
 )
-MAY_USE_EXTRAS = {"shards": ("data", "ray"), "pipeline": ("export",), "tools": ("demo",)}
+MAY_USE_EXTRAS = {"shards": ("data", "ray"), "pipeline": ("export", "wandb"), "tools": ("demo",)}
 TORCH = {"torch", "torchvision", "timm"}
 IN_BACKEND_ONLY = {"accelerate", "deepspeed"}
 # Where the import has another name.
