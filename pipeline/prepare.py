@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from pipeline.data.stream import TrainStream
 from pipeline.divergence import Skips, Spikes
 from pipeline.ema import EMA
 from pipeline.evaluate import Evaluator, Variants, head_names
+from pipeline.footprint import check_room, measure
 from pipeline.loss import SummedOverHeads
 from pipeline.models.build import give_start, make_model
 from pipeline.optim import WarmupCosine
@@ -48,7 +50,7 @@ from shards.store import Store, StoreOptions, open_data
 def prepare(recipe: Recipe, world: World) -> Run:
     """The run of a recipe on this rank, ready for the step after its newest checkpoint.
 
-    Raises UserError for whatever cannot work.
+    Raises UserError for whatever cannot work. Of a dry run nothing is written.
     """
     validate(recipe)
     optim.table.check(recipe.optimizer.name, world.strategy)
@@ -72,6 +74,7 @@ def prepare(recipe: Recipe, world: World) -> Run:
         started = give_start(model, recipe.model)
         if world.is_main:
             print(started, flush=True)
+    check_room(measure(recipe, model).checkpoint(), world.from_main(shutil.disk_usage(run_dir).free), run_dir)
     learner = make_learner(recipe, world, model, schedule, len(given.validation.reader))
     record = Record(run_dir, world.is_main, recipe.data.global_batch)
     budget = Budget(recipe.data.max_bad).allows(given.stream.plan.num_samples)
@@ -83,6 +86,8 @@ def prepare(recipe: Recipe, world: World) -> Run:
     run = Run(recipe, world, durations, given, learner, checkpoints, record, quarantine, skips, spikes, best, telemetry)
     begin(run, newest)
     telemetry.profile.check(durations.total - run.progress.start)
+    if recipe.dry_run:
+        return run
     record.trackers += open_trackers(recipe.wandb, run_dir, flatten(recipe), world)
     if world.is_main:
         keep_recipe(run_dir, recipe)

@@ -19,6 +19,7 @@ from safetensors.torch import save as as_safetensors
 from pipeline.backend import Stepped, World, start
 from pipeline.data.batch import Batch
 from pipeline.data.stream import evaluation_batches
+from pipeline.preflight import dry_run
 from pipeline.prepare import load, prepare
 from pipeline.recipe import Recipe, Runtime, flatten
 from pipeline.record import forget_outcome, last_step, read_outcome, weights_path, write_outcome
@@ -38,15 +39,16 @@ WHOLE_IMAGES = (
 
 def fit(recipe: Recipe, world: World) -> str:
     """Trains the recipe to its end, from its newest checkpoint where there is one; "done", or "requeue" when stopped.
+    A dry run is done before the first step, and leaves no outcome.
 
     Raises UserError before the first step for whatever cannot work.
     """
-    if world.is_main:
+    if world.is_main and not recipe.dry_run:
         forget_outcome(Path(recipe.run_dir))
     run = prepare(recipe, world)
     if world.is_main:
         print(describe(run), flush=True)
-    outcome = train(run)
+    outcome = dry_run(run) if recipe.dry_run else train(run)
     run.learner.backend.close()
     return outcome
 
@@ -214,13 +216,16 @@ def export(run: Run, variant: str, name: str, metadata: dict[str, str]) -> None:
 
 def run(recipe: Recipe) -> NoReturn:
     """The main of a recipe file: trains it and exits with its outcome's code."""
-    launch(lambda world: fit(recipe, world), recipe.runtime, Path(recipe.run_dir))
+    launch(lambda world: fit(recipe, world), recipe.runtime, Path(recipe.run_dir), recipe.dry_run)
 
 
-def launch(job: Callable[[World], str], runtime: Runtime, run_dir: Path) -> NoReturn:
-    """Joins the launch, does the job, leaves: code 0 done, 75 to be started again, 2 the user's error, 1 a defect."""
+def launch(job: Callable[[World], str], runtime: Runtime, run_dir: Path, dry: bool = False) -> NoReturn:
+    """Joins the launch, does the job, leaves: code 0 done, 75 to be started again, 2 the user's error, 1 a defect.
+
+    dry: what is done is only a trial, and an earlier outcome stays.
+    """
     try:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" and not dry:
             forget_outcome(run_dir)
         outcome = job(start(runtime.device, runtime.processes))
     except UserError as error:

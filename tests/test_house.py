@@ -25,10 +25,10 @@ OURS = {*MAY_IMPORT, "tests"}
 LAYERS = (  # of pipeline, low to high: a module imports lower ones, and none of its own layer
     {"recipe", "sharded"},
     {"validate", "augment", "models", "optim", "checkpoint", "backend", "ema", "loss"},
-    {"data"},
+    {"data", "footprint"},
     {"evaluate", "record", "best", "divergence", "telemetry"},
     {"run"},
-    {"prepare"},
+    {"prepare", "preflight"},
     {"trainer", "predict", "report"},
     {"chain", "export"},
 )

@@ -1,7 +1,10 @@
 """What a run is: a frozen Recipe of typed sections."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from pipeline.recipe.model import Model
 
@@ -189,3 +192,7 @@ class Recipe:
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     runtime: Runtime = field(default_factory=Runtime)
+    origin: Annotated[tuple[tuple[str, Mapping[str, object]], ...], tyro.conf.Suppress] = field(
+        default=(), compare=False
+    )
+    """No field of a recipe: what `pipeline.recipe.sources` makes out from where the others have their values."""
