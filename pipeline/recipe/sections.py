@@ -8,6 +8,8 @@ import tyro
 
 from pipeline.recipe.model import Model
 
+Origin = tuple[tuple[str, Mapping[str, object]], ...]
+
 
 @dataclass(frozen=True)
 class Data:
@@ -192,7 +194,5 @@ class Recipe:
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     runtime: Runtime = field(default_factory=Runtime)
-    origin: Annotated[tuple[tuple[str, Mapping[str, object]], ...], tyro.conf.Suppress] = field(
-        default=(), compare=False
-    )
+    origin: Annotated[Origin, tyro.conf.Suppress] = field(default=(), compare=False)
     """No field of a recipe: what `pipeline.recipe.sources` makes out from where the others have their values."""

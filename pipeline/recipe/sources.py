@@ -3,24 +3,21 @@
 import dataclasses
 import itertools
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any
 
 from pipeline.recipe.leaves import flatten
 from pipeline.recipe.sections import Recipe
 
-T = TypeVar("T")
 
-
-def trace(parsed: T, forms: Mapping[str, object]) -> T:
+def trace(parsed: Any, forms: Mapping[str, Any]) -> Any:
     """The parsed command line, whose recipes remember their `origin`: the forms that it went through, by their names
     and in their order, of which the last is what was parsed."""
     if isinstance(parsed, Recipe):
-        origin = tuple((name, flatten(form)) for name, form in forms.items())
-        return dataclasses.replace(parsed, origin=origin)  # type: ignore[return-value] # of the same type
+        return dataclasses.replace(parsed, origin=tuple((name, flatten(form)) for name, form in forms.items()))
+    recipes = {item.name for item in dataclasses.fields(parsed) if isinstance(getattr(parsed, item.name), Recipe)}
     changes = {
-        item.name: trace(getattr(parsed, item.name), {name: getattr(form, item.name) for name, form in forms.items()})
-        for item in dataclasses.fields(parsed)
-        if isinstance(getattr(parsed, item.name), Recipe)
+        each: trace(getattr(parsed, each), {name: getattr(form, each) for name, form in forms.items()})
+        for each in recipes
     }
     return dataclasses.replace(parsed, **changes)
 
