@@ -44,11 +44,11 @@ def fit_all(stages: Sequence[Stage], world: World, run_dir: Path) -> str:
         if dry and not stage.recipe.dry_run:
             _say(world, f"stage {stage.name}: not looked at after a dry run; give --{stage.name}.dry-run")
             continue
+        dry = stage.recipe.dry_run
         if world.from_main(is_finished(stage) if world.is_main else None):
             _say(world, f"stage {stage.name}: finished before, skipped")
             continue
         _say(world, f"stage {stage.name}: {stage.recipe.run_dir}")
-        dry = dry or stage.recipe.dry_run
         outcome = fit(without_start(stage, world) if dry else stage.recipe, world)
         if outcome != "done":
             _conclude(world, run_dir, outcome, done, f"stage {stage.name} was asked to stop; start again to go on")

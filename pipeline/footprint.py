@@ -132,8 +132,9 @@ def activations(recipe: Recipe, num_classes: int, micro_batch: int) -> int:
     """Bytes that a forward pass of a micro-batch keeps for its backward pass, images included: the pass is made with
     fake tensors of a CPU, so that other devices' kernels may keep a little more or less."""
     runtime, kept = recipe.runtime, dict[int, Tensor]()
+    dtype = torch.bfloat16 if runtime.precision == "bf16-pure" else torch.float32
     with torch.device("meta"):
-        model = make_model(recipe, num_classes)
+        model = make_model(recipe, num_classes).to(dtype)
     prepare_layers(model, "off", runtime.activation_checkpointing)
 
     def keep(tensor: Tensor) -> Tensor:
@@ -145,15 +146,14 @@ def activations(recipe: Recipe, num_classes: int, micro_batch: int) -> int:
             if isinstance(tensor, Tensor):
                 keep(tensor)
 
-    half, pure = torch.bfloat16, runtime.precision == "bf16-pure"
     cast = runtime.precision in ("bf16", "fp16")
     recomputed = layers(model)[:: runtime.activation_checkpointing] if runtime.activation_checkpointing else []
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", half, cast):
-        model.to_empty(device="cpu").to(half if pure else torch.float32)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", torch.bfloat16, cast):
+        model.to_empty(device="cpu")
         own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         for layer in recomputed:
             layer.register_forward_pre_hook(keep_inputs)
-        side, dtype = recipe.augment.image_size, half if pure else torch.float32
+        side = recipe.augment.image_size
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             model(torch.empty(micro_batch, 3, side, side, dtype=dtype))
         return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)
