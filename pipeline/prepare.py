@@ -15,7 +15,7 @@ from pipeline.augment.exact import EvalTransform, TrainTransform
 from pipeline.augment.fast import FastTrainTransform
 from pipeline.augment.mixing import Mixing
 from pipeline.backend import StepOptions, World, wrap
-from pipeline.backend.tracking import open_trackers
+from pipeline.backend.tracking import check_installed, open_trackers
 from pipeline.best import Best
 from pipeline.checkpoint import Checkpoints, read_state
 from pipeline.data.device import DeviceAugment
@@ -54,6 +54,7 @@ def prepare(recipe: Recipe, world: World) -> Run:
     """
     validate(recipe)
     optim.table.check(recipe.optimizer.name, world.strategy)
+    check_installed(recipe.wandb)
     run_dir = Path(recipe.run_dir)
     check_writable(run_dir)
     mixes = recipe.augment.mixup or recipe.augment.cutmix

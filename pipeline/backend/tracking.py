@@ -40,16 +40,21 @@ class WandB:
         self._tracker.finish()
 
 
-def open_trackers(project: str, run_dir: Path, recipe: Mapping[str, object], world: World) -> list[WandB]:
-    """WandB on rank 0, where there is a project; every rank calls it.
-
-    Raises UserError, on all ranks, where Weights & Biases is not installed or does not let us in.
-    """
+def check_installed(project: str) -> None:
+    """Raises UserError where there is a project, but Weights & Biases is not installed."""
     if project and importlib.util.find_spec("wandb") is None:
         raise UserError(
             f"wandb '{project}' needs the package wandb, which is not installed here: pip install '.[wandb]' "
             "--constraint constraints.txt, or leave --wandb out"
         )
+
+
+def open_trackers(project: str, run_dir: Path, recipe: Mapping[str, object], world: World) -> list[WandB]:
+    """WandB on rank 0, where there is a project; every rank calls it.
+
+    Raises UserError, on all ranks, where it is not installed, or does not let us in.
+    """
+    check_installed(project)
     found: list[WandB] = []
     failure = _open(found, project, run_dir, recipe) if project and world.is_main else ""
     if reason := world.from_main(failure):

@@ -17,7 +17,8 @@ from pipeline.telemetry.flops import forward_flops
 
 
 def dry_run(run: Run) -> str:
-    """Prints the report (on rank 0) and leaves nothing in the run directory; "done". Every rank calls it.
+    """Prints the report (on rank 0) and leaves nothing in the run directory; "done". Every rank calls it. (Lines of
+    quarantine.jsonl and skipped.jsonl that lie past the newest checkpoint are dropped, as a start drops them.)
 
     What needs no measurement is printed first: memory may not suffice for the rest.
     """

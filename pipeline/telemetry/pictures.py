@@ -3,7 +3,8 @@
 Shapes: B samples, C classes, S side of an image.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -127,17 +128,14 @@ def maps(pixels: Pixels, weights: NDArray, asking: Stream, asked: Stream) -> Pix
     return np.concatenate(drawn)
 
 
-class evaluating:
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Within, the model is in eval mode."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-
-    def __enter__(self) -> None:
-        self._model.eval()
-
-    def __exit__(self, *error: object) -> None:
-        self._model.train()
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
 
 
 def _stack(layers: Sequence[LayerAttention], name: str) -> NDArray:
