@@ -13,7 +13,7 @@ import pytest
 import ranks
 import torch
 from board import Board
-from strategies import ZERO, place, recipe_of
+from strategies import place, recipe_of
 
 from pipeline.augment.device import denormalise, normalise
 from pipeline.backend import start as join
@@ -28,7 +28,7 @@ from shards.errors import UserError
 PRETRAIN = "recipes/pretrain_21k.py"
 WATCHED = ["--runtime.norms", "--runtime.peak-tflops", "0.5"]
 NORM = "train/grad_norm/"
-STRATEGIES = ("ddp", "fsdp", *ZERO)
+CHEAP, DEAR = ("fsdp", "zero2"), ("ddp", "zero1", "zero3")
 
 
 @pytest.fixture
@@ -149,6 +149,8 @@ def watch_each(strategies: tuple[str, ...], data: Path, root: Path) -> None:
         recipe = recipe_of(data, root / strategy, 2, options)
         assert fit(recipe, place(world, strategy, root)) == "done"
     if world.size == 1:
+        options = ["--runtime.compile", "aot_eager", "--evaluation.every", "100%"]
+        assert fit(recipe_of(data, root / "compiled", 2, options), world) == "done"
         by_hand(recipe_of(data, root / "by-hand", 2), world, root / "norms.json")
     leave(0)
 
@@ -164,18 +166,19 @@ def by_hand(recipe: Recipe, world, path: Path) -> None:
     path.write_text(json.dumps({name: each.norm().item() for name, each in zip(names, gradients, strict=True)}))
 
 
-def test_under_every_strategy(shards, tmp_path):
+@pytest.mark.parametrize("strategies", [CHEAP, pytest.param(DEAR, marks=pytest.mark.soak)], ids=str)
+def test_under_every_strategy(shards, tmp_path, strategies):
     """Norms of parameters that lie in pieces, and maps of models that no rank has whole."""
     both = [
         ranks.run_function(watch_each, (("ddp",), shards, tmp_path / "one"), tmp_path / "logs" / "one", 1),
-        ranks.run_function(watch_each, (STRATEGIES, shards, tmp_path / "two"), tmp_path / "logs" / "two", 2),
+        ranks.run_function(watch_each, (strategies, shards, tmp_path / "two"), tmp_path / "logs" / "two", 2),
     ]
     for running in both:
         ended = running.wait()
         assert ended.codes == [0] * len(ended.codes), "\n".join(ended.outputs)
     expected = json.loads((tmp_path / "one" / "norms.json").read_text())
     one = Board(tmp_path / "one" / "ddp")
-    for board in (one, *(Board(tmp_path / "two" / strategy) for strategy in STRATEGIES)):
+    for board in (one, *(Board(tmp_path / "two" / strategy) for strategy in strategies)):
         names = {name.removeprefix(NORM) for name in board.names() if name.startswith(NORM)}
         assert names == expected.keys()
         assert {name: board.curve(NORM + name)[1] for name in names} == pytest.approx(expected, rel=1e-4, abs=1e-7)
@@ -183,8 +186,10 @@ def test_under_every_strategy(shards, tmp_path):
             drawn, same = board.pictures(picture)[2].astype(int), one.pictures(picture)[2].astype(int)
             assert drawn.shape == same.shape
             assert np.abs(drawn - same).mean() < 0.5
+    drawn = Board(tmp_path / "one" / "compiled").pictures("attention/read")[2].astype(int)
+    assert np.abs(drawn - one.pictures("attention/read")[2]).mean() < 0.5
     picture = one.pictures("samples")[1]
-    for strategy in STRATEGIES:
+    for strategy in strategies:
         half = Board(tmp_path / "two" / strategy).pictures("samples")[1]
         assert (half[: len(half) // 2] == picture[: len(half) // 2]).all(), "rank 0 begins with the same samples"
 
