@@ -31,25 +31,41 @@ class Stage:
 
 def run(stages: Sequence[Stage], run_dir: str, runtime: Runtime) -> NoReturn:
     """The main of a chain's recipe file. The stages' own run directories lie below `run_dir`."""
-    launch(lambda world: fit_all(place(stages, run_dir), world, Path(run_dir)), runtime, Path(run_dir))
+    dry = any(stage.recipe.dry_run for stage in stages)
+    launch(lambda world: fit_all(place(stages, run_dir), world, Path(run_dir)), runtime, Path(run_dir), dry)
 
 
 def fit_all(stages: Sequence[Stage], world: World, run_dir: Path) -> str:
     """Fits the stages in order; "done", or "requeue" as soon as one is stopped. The chain's own outcome.json counts
-    stages as its steps."""
+    stages as its steps. After a dry run of a stage only those of later ones are left to do."""
     for stage in stages:
         validate(stage.recipe)
+    dry = False
     for done, stage in enumerate(stages):
+        if dry and not stage.recipe.dry_run:
+            _say(world, f"stage {stage.name}: not looked at after a dry run; give --{stage.name}.dry-run")
+            continue
+        dry = stage.recipe.dry_run
         if world.from_main(is_finished(stage) if world.is_main else None):
             _say(world, f"stage {stage.name}: finished before, skipped")
             continue
         _say(world, f"stage {stage.name}: {stage.recipe.run_dir}")
-        outcome = fit(stage.recipe, world)
+        outcome = fit(without_start(stage, world) if dry else stage.recipe, world)
         if outcome != "done":
             _conclude(world, run_dir, outcome, done, f"stage {stage.name} was asked to stop; start again to go on")
             return outcome
-    _conclude(world, run_dir, "done", len(stages), "every stage is finished")
+    if not dry:
+        _conclude(world, run_dir, "done", len(stages), "every stage is finished")
     return "done"
+
+
+def without_start(stage: Stage, world: World) -> Recipe:
+    """For a dry run: the recipe of a stage whose start weights an earlier one has yet to leave, without them."""
+    start = stage.recipe.model.start
+    if not stage.start_from or world.from_main(Path(start).exists()):
+        return stage.recipe
+    _say(world, f"stage {stage.name}: looked at without its start weights, which {stage.start_from} will leave")
+    return dataclasses.replace(stage.recipe, model=dataclasses.replace(stage.recipe.model, start=""))
 
 
 def place(stages: Sequence[Stage], run_dir: str) -> list[Stage]:

@@ -21,21 +21,26 @@ EXIT_DEFECT = 1
 EXIT_USER_ERROR = 2
 
 
-def launch(job: Callable[[World], str], runtime: Runtime, run_dir: Path) -> NoReturn:
+def launch(job: Callable[[World], str], runtime: Runtime, run_dir: Path, dry: bool = False) -> NoReturn:
     """Joins the launch, does the job, leaves: code 0 done, 75 to be started again, 2 the user's error, 1 a defect, a
-    hang, or a rank that is gone."""
+    hang, or a rank that is gone.
+
+    dry: what is done is only a trial: it leaves no logs, is not watched, and an earlier outcome stays.
+    """
     stop, place = StopFlag(), Place()
     watchdog = Watchdog(run_dir, stop, place, runtime.hang_timeout)
     try:
         stop.listen()
-        if os.environ.get("RANK", "0") == "0":
-            forget_outcome(run_dir)
-        keep_log(run_dir)
+        if not dry:
+            if os.environ.get("RANK", "0") == "0":
+                forget_outcome(run_dir)
+            keep_log(run_dir)
         watchdog.start()
         # The collectives' own time-out would end the ranks without a word on who is missing.
         timeout = max(TIMEOUT, timedelta(seconds=2 * runtime.hang_timeout))
         world = start(runtime.device, runtime.processes, stop, place, timeout)
-        watchdog.join(world)
+        if not dry:
+            watchdog.join(world)
         outcome = job(world)
         place.at("leaving")
         dist.barrier()

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from pipeline.augment.exact import EvalTransform, TrainTransform
 from pipeline.augment.fast import FastTrainTransform
 from pipeline.augment.mixing import Mixing
 from pipeline.backend import StepOptions, World, wrap
+from pipeline.backend.tracking import check_installed, open_trackers
 from pipeline.best import Best
 from pipeline.checkpoint import Checkpoints, read_state
 from pipeline.data.device import DeviceAugment
@@ -24,12 +26,18 @@ from pipeline.data.stream import TrainStream
 from pipeline.divergence import Skips, Spikes
 from pipeline.ema import EMA
 from pipeline.evaluate import Evaluator, Variants, head_names
+from pipeline.footprint import check_room, measure
 from pipeline.loss import SummedOverHeads
 from pipeline.models.build import give_start, make_model
 from pipeline.optim import WarmupCosine
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, flatten
 from pipeline.record import Record, check_same_recipe, check_writable, keep_recipe, kept_metrics
-from pipeline.run import Durations, Input, Learner, Run
+from pipeline.run import Durations, Input, Learner, Run, Telemetry
+from pipeline.telemetry.figures import Figures
+from pipeline.telemetry.flops import forward_flops, peak_flops
+from pipeline.telemetry.norms import GradientNorms
+from pipeline.telemetry.pictures import AttentionMaps, AugmentedSamples, has_maps, no_maps, no_samples
+from pipeline.telemetry.profile import Profile
 from pipeline.validate import num_steps, validate
 from shards.budget import Budget
 from shards.errors import UserError
@@ -47,10 +55,12 @@ UNEVEN_IS_SERVED = (
 def prepare(recipe: Recipe, world: World) -> Run:
     """The run of a recipe on this rank, ready for the step after its newest checkpoint.
 
-    Raises UserError for whatever cannot work, and Stopped where a rank is signalled to stop.
+    Raises UserError for whatever cannot work, and Stopped where a rank is signalled to stop. Of a dry run nothing is
+    written.
     """
     validate(recipe)
     optim.table.check(recipe.optimizer.name, world.strategy)
+    check_installed(recipe.wandb)
     run_dir = Path(recipe.run_dir)
     check_writable(run_dir)
     check_layout(make_layout(recipe, world), world.strategy)
@@ -72,6 +82,7 @@ def prepare(recipe: Recipe, world: World) -> Run:
         started = give_start(model, recipe.model)
         if world.is_main:
             print(started, flush=True)
+    check_room(measure(recipe, model).checkpoint(), world.from_main(shutil.disk_usage(run_dir).free), run_dir)
     learner = make_learner(recipe, world, model, schedule, len(given.validation.reader))
     record = Record(run_dir, world.is_main, recipe.data.global_batch)
     budget = Budget(recipe.data.max_bad).allows(given.stream.plan.num_samples)
@@ -79,8 +90,13 @@ def prepare(recipe: Recipe, world: World) -> Run:
     kept = kept_metrics(run_dir, read_state(newest)["step"] if newest else 0) if world.is_main else []
     best = Best.of(learner.evaluator.head_names, world.from_main(kept))
     skips, spikes = Skips(run_dir, world, recipe.runtime.max_skipped), Spikes(recipe.runtime.spike)
-    run = Run(recipe, world, durations, given, learner, checkpoints, record, quarantine, skips, spikes, best)
+    telemetry = make_telemetry(recipe, index, learner, given, record, durations)
+    run = Run(recipe, world, durations, given, learner, checkpoints, record, quarantine, skips, spikes, best, telemetry)
     begin(run, newest)
+    telemetry.profile.check(durations.total - run.progress.start)
+    if recipe.dry_run:
+        return run
+    record.trackers += open_trackers(recipe.wandb, run_dir, flatten(recipe), world)
     if world.is_main:
         keep_recipe(run_dir, recipe)
     return run
@@ -124,6 +140,7 @@ def load(run: Run, path: Path) -> None:
     state = read_state(path)
     run.checkpoints.load(path, run.learner.backend, run.learner.averages())
     run.spikes.resume(state["losses"])
+    run.record.meter.kept_seconds = state["kept_seconds"]
     if run.learner.ema:
         run.learner.ema.num_updates = state["ema_updates"]
 
@@ -208,6 +225,27 @@ def make_learner(recipe: Recipe, world: World, model: nn.Module, schedule: Warmu
     variants: Variants = {"": nullcontext} | ({"ema_": ema.swap} if ema else {})
     evaluator = Evaluator(backend, names, variants, num_evaluated)
     return Learner(backend, SummedOverHeads(recipe.loss), schedule, ema, evaluator)
+
+
+def make_figures(recipe: Recipe, index: Index, learner: Learner) -> Figures:
+    world = learner.backend.world
+    peak = peak_flops(recipe, world.device)
+    flops = forward_flops(recipe, index.num_classes, make_layout(recipe, world).sizes[-1]) if peak else 0.0
+    return Figures(world, flops, peak, GradientNorms(learner.backend) if recipe.runtime.norms else None)
+
+
+def make_telemetry(
+    recipe: Recipe, index: Index, learner: Learner, given: Input, record: Record, durations: Durations
+) -> Telemetry:
+    profile, pictures = Profile(recipe.profile, record.run_dir, learner.backend.world), recipe.runtime.pictures
+    samples = AugmentedSamples(record.picture, index.classes, durations.evaluate)
+    maps = AttentionMaps(record.picture, learner.backend, given.validation)
+    return Telemetry(
+        make_figures(recipe, index, learner),
+        profile,
+        samples if pictures and record.is_main else no_samples,
+        maps if pictures and has_maps(learner.backend.module) else no_maps,
+    )
 
 
 def make_deterministic(recipe: Recipe) -> None:

@@ -1,10 +1,11 @@
 """What the loop works with."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.backend import Backend, Criterion, World
+from pipeline.backend import Backend, Criterion, Mixed, World
 from pipeline.best import Best
 from pipeline.checkpoint import Checkpoints
 from pipeline.data.device import DeviceAugment
@@ -18,6 +19,9 @@ from pipeline.optim import WarmupCosine
 from pipeline.recipe import Recipe
 from pipeline.record import Record, code_version
 from pipeline.sharded import Shard
+from pipeline.telemetry.figures import Figures
+from pipeline.telemetry.pictures import no_maps, no_samples
+from pipeline.telemetry.profile import Profile
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,17 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Telemetry:
+    """What one sees beside the metrics. samples: given a step's first micro-batch as the model gets it; maps: after an
+    evaluation."""
+
+    figures: Figures
+    profile: Profile
+    samples: Callable[[int, Mixed], None] = no_samples
+    maps: Callable[[int], None] = no_maps
+
+
+@dataclass(frozen=True)
 class Run:
     """All of it, on one rank."""
 
@@ -85,6 +100,7 @@ class Run:
     skips: Skips
     spikes: Spikes
     best: Best
+    telemetry: Telemetry
     progress: Progress = field(default_factory=Progress)
 
     @property

@@ -18,6 +18,7 @@ from pipeline.data.batch import Batch
 from pipeline.data.stream import evaluation_batches
 from pipeline.launch import launch
 from pipeline.launch import leave as leave
+from pipeline.preflight import dry_run
 from pipeline.prepare import load, prepare
 from pipeline.recipe import Recipe, flatten
 from pipeline.record import forget_outcome, weights_path, write_outcome
@@ -33,10 +34,11 @@ WHOLE_IMAGES = (
 
 def fit(recipe: Recipe, world: World) -> str:
     """Trains the recipe to its end, from its newest checkpoint where there is one; "done", or "requeue" when stopped.
+    A dry run is done before the first step, and leaves no outcome.
 
     Raises UserError before the first step for whatever cannot work.
     """
-    if world.is_main:
+    if world.is_main and not recipe.dry_run:
         forget_outcome(Path(recipe.run_dir))
     world.place.unsaved = False
     try:
@@ -45,7 +47,7 @@ def fit(recipe: Recipe, world: World) -> str:
         return requeue(world, Path(recipe.run_dir), saved_step(Path(recipe.run_dir)))
     if world.is_main:
         print(describe(run), flush=True)
-    outcome = train(run)
+    outcome = dry_run(run) if recipe.dry_run else train(run)
     run.learner.backend.close()
     return outcome
 
@@ -68,7 +70,7 @@ def train(run: Run) -> str:
     learner, every, total = run.learner, run.durations, run.durations.total
     start = run.progress.start
     streaming = run.input.stream.open(start, total)
-    with run.record.open(start, total), run.checkpoints.settled(), streaming as batches:
+    with run.record.open(start, total), run.checkpoints.settled(), run.telemetry.profile.open(), streaming as batches:
         if due(start, every.evaluate, total) and not evaluate(run, start):
             return stop(run, start)
         for step in range(start, total):
@@ -76,10 +78,12 @@ def train(run: Run) -> str:
             if micro_batches is None:
                 return stop(run, step)
             learner.backend.set_lr(learner.schedule(step))
-            stepped = learner.backend.step(learner.criterion, [run.input.augment(batch) for batch in micro_batches])
-            done = step + 1
-            settle(run, done, stepped, micro_batches)
-            run.record.step(done)
+            mixed, done = [run.input.augment(batch) for batch in micro_batches], step + 1
+            run.telemetry.samples(done, mixed[0])
+            stepped = learner.backend.step(learner.criterion, mixed)
+            kept = settle(run, done, stepped, micro_batches)
+            run.record.step(done, kept)
+            run.telemetry.profile.step()
             if due(done, every.log, total) and stepped.applied:
                 log(run, done, stepped)
             if due(done, every.save, total):
@@ -101,9 +105,9 @@ def fetch(run: Run, batches: Iterator[list[Batch]], step: int) -> list[Batch] | 
     return None if run.quarantine.poll() else found
 
 
-def settle(run: Run, done: int, stepped: Stepped, batches: Sequence[Batch]) -> None:
+def settle(run: Run, done: int, stepped: Stepped, batches: Sequence[Batch]) -> bool:
     """The average follows a sound step; one that is not finite is passed over; one whose loss leaps up takes the run
-    back to its newest checkpoint, from where it goes on with the batches after this one.
+    back to its newest checkpoint, from where it goes on with the batches after this one. Whether the step stays.
 
     Raises UserError where that happens more often than the recipe allows.
     """
@@ -117,8 +121,10 @@ def settle(run: Run, done: int, stepped: Stepped, batches: Sequence[Batch]) -> N
         run.skips.note(done, stepped, batches, f"a spike, above {run.spikes.limit():.4g}: {back}")
         if path:
             load(run, path)
+        return not path
     elif run.learner.ema:
         run.learner.ema.update()
+    return stepped.applied
 
 
 def due(step: int, every: int, total: int) -> bool:
@@ -134,7 +140,7 @@ def log(run: Run, done: int, stepped: Stepped) -> None:
         "lr": run.learner.schedule(done - 1),
         "grad_norm": stepped.grad_norm.item(),
     }
-    run.record.metrics(done, values)
+    run.record.metrics(done, values, run.telemetry.figures)
 
 
 def evaluate(run: Run, done: int) -> bool:
@@ -148,6 +154,8 @@ def evaluate(run: Run, done: int) -> bool:
     run.quarantine.poll()
     better = run.best.add(done, values)
     run.record.evaluation(done, run.recipe.data.val, values | run.best.steps())
+    with run.record.meter.paused():
+        run.telemetry.maps(done)
     for name, score in better.items():
         # One key, for safetensors writes several in any order.
         export(run, name, f"best_{name}", {"best": json.dumps({"step": score.step, score.metric: score.value})})
@@ -167,6 +175,7 @@ def save(run: Run, done: int) -> None:
         "ema_updates": run.learner.ema.num_updates if run.learner.ema else 0,
         "losses": list(run.spikes.losses),
         "seconds": run.progress.seconds(),
+        "kept_seconds": run.record.meter.kept_seconds,
         "world": run.world.size,
         "strategy": run.learner.backend.name,
         "commit": run.progress.commit,
@@ -222,4 +231,4 @@ def export(run: Run, variant: str, name: str, metadata: dict[str, str]) -> None:
 
 def run(recipe: Recipe) -> NoReturn:
     """The main of a recipe file: trains it and exits with its outcome's code."""
-    launch(lambda world: fit(recipe, world), recipe.runtime, Path(recipe.run_dir))
+    launch(lambda world: fit(recipe, world), recipe.runtime, Path(recipe.run_dir), recipe.dry_run)

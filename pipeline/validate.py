@@ -87,7 +87,8 @@ def _range_errors(recipe: Recipe) -> list[str]:
         "optimizer.clip_norm",
     )
     runtime = ("runtime.processes", "runtime.activation_checkpointing", "runtime.max_skipped", "runtime.spike")
-    counts = ("data.workers", "data.runs", "augment.randaugment_ops", "runtime.hang_timeout", *runtime)
+    telemetry = ("profile", "runtime.peak_tflops", "runtime.hang_timeout")
+    counts = ("data.workers", "data.runs", "augment.randaugment_ops", *runtime, *telemetry)
     limits = [
         *((name, 1, float("inf")) for name in positive),
         *((name, 0, 1) for name in shares),

@@ -46,7 +46,7 @@ class Reader:
     """Random access to the samples of a split. One a process and thread; it may be pickled, and used after a fork."""
 
     def __init__(self, index: Index, split: str, store: Store | None = None) -> None:
-        self._index, self.split = index, split
+        self.index, self.split = index, split
         self.store = store or LocalStore(index.root)
         shards = index.split(split).shards
         self._names = [shard.name for shard in shards]
@@ -56,7 +56,7 @@ class Reader:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The offsets are mapped again, not copied.
-        return type(self), (self._index, self.split, self.store)
+        return type(self), (self.index, self.split, self.store)
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -69,8 +69,8 @@ class Reader:
         name, row = self._locate(sample_id)
         try:
             data = self._image(name, row)
-            if not 0 <= row.label < self._index.num_classes:
-                raise ValueError(f"label {row.label} is not in [0, {self._index.num_classes})")
+            if not 0 <= row.label < self.index.num_classes:
+                raise ValueError(f"label {row.label} is not in [0, {self.index.num_classes})")
             return decode(data), row.label
         except StoreError:
             raise

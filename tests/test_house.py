@@ -25,14 +25,14 @@ OURS = {*MAY_IMPORT, "tests"}
 LAYERS = (  # of pipeline, low to high: a module imports lower ones, and none of its own layer
     {"recipe", "sharded"},
     {"validate", "augment", "models", "optim", "checkpoint", "backend", "ema", "loss"},
-    {"data"},
-    {"evaluate", "record", "best", "divergence"},
+    {"data", "footprint"},
+    {"evaluate", "record", "best", "divergence", "telemetry"},
     {"run", "watch"},
-    {"prepare", "launch"},
+    {"prepare", "preflight", "launch"},
     {"trainer", "predict", "report"},
     {"chain", "export"},
 )
-MAY_USE_EXTRAS = {"shards": ("data", "ray"), "pipeline": ("export",), "tools": ("demo",)}
+MAY_USE_EXTRAS = {"shards": ("data", "ray"), "pipeline": ("export", "wandb"), "tools": ("demo",)}
 TORCH = {"torch", "torchvision", "timm"}
 IN_BACKEND_ONLY = {"accelerate", "deepspeed"}
 # Where the import has another name.

@@ -16,8 +16,8 @@ from pipeline.models.vittm.attention import attention_maps
 from pipeline.predict import load_run
 from pipeline.recipe import Augment, Model, Recipe
 from pipeline.record import keep_recipe, weights_path
+from pipeline.telemetry.attention_picture import CELL, GAP, LEFT, LINE, MARGIN, Picture, Row, draw
 from tools import show_attention
-from tools.attention_picture import CELL, GAP, LEFT, LINE, MARGIN, Picture, Row, draw
 
 SIDE = 32
 RESIZED = 37  # the shorter side of an image that evaluation does not resize, and of which it takes the middle 32

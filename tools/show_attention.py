@@ -10,7 +10,6 @@ import argparse
 import io
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
@@ -22,25 +21,11 @@ from torch import Tensor
 from pipeline.augment.device import normalise
 from pipeline.augment.exact import EvalTransform
 from pipeline.models.vittm import ViTTM
-from pipeline.models.vittm.attention import attention_maps, head_type
-from pipeline.models.vittm.embed import LatentEmbedder
+from pipeline.models.vittm.attention import Stream, attention_maps, head_type, streams
 from pipeline.predict import Trained, load_run
+from pipeline.telemetry.attention_picture import Grid, Picture, Row, draw
 from shards.durable import atomic_file
 from shards.errors import UserError
-from tools.attention_picture import Grid, Picture, Row, draw
-
-
-@dataclass(frozen=True)
-class Stream:
-    """Tokens; `placed` where they are patches of the image."""
-
-    name: str
-    grid: Grid
-    placed: bool
-
-    @property
-    def one(self) -> str:
-        return f"{self.name} {'patch' if self.placed else 'token'}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -142,9 +127,7 @@ def _picture(arguments: argparse.Namespace, run: Trained, model: ViTTM, pixels: 
 
 def _streams(model: ViTTM, pixels: NDArray[np.uint8], write: bool) -> tuple[Stream, Stream]:
     """Who asks, and who is asked. Raises UserError where the latter is no part of the image."""
-    grids = model.grids_of((pixels.shape[0], pixels.shape[1]))
-    memory = Stream("memory", grids[0], True)
-    process = Stream("process", grids[1], not isinstance(model.process_embedder, LatentEmbedder))
+    memory, process = streams(model, pixels.shape[:2])
     if write and not process.placed:
         raise UserError(
             "--write: process tokens of process_embedder_type 'latent' are learned vectors, which have no place in the "

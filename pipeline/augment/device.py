@@ -31,6 +31,12 @@ def normalise(images: Tensor) -> Tensor:
     return images.to(torch.float32, memory_format=torch.contiguous_format).div_(255).sub_(mean).div_(std)
 
 
+def denormalise(images: Tensor) -> Tensor:
+    """float [B, 3, H, W] -> uint8 of the same shape: what `normalise` made these of, rounded."""
+    mean, std = _channel_constants(images.device)
+    return images.mul(std).add(mean).mul(255).round().clamp(0, 255).to(torch.uint8)
+
+
 def erasing_boxes(draws: Tensor, probability: float, height: int, width: int) -> Tensor:
     """Draws float64 [B, ERASING_DRAWS] -> boxes int64 [B, 4] (top, left, height, width); all zero: nothing to erase.
 

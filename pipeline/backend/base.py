@@ -68,6 +68,11 @@ class Backend(ABC):
         """The strategy, as launch files name it: what one wrote, another may not be able to read."""
 
     @property
+    def stepping(self) -> torch.optim.Optimizer:
+        """The optimizer of torch whose `step` is called in the end, with what this rank updates and its gradients."""
+        return self.optimizer
+
+    @property
     def module(self) -> nn.Module:
         """The model without a wrapper: evaluation calls it, and parameter names are its own."""
         return self.model

@@ -49,6 +49,10 @@ class DeepSpeed(Backend):
         return f"zero{self.engine.zero_optimization_stage()}"
 
     @property
+    def stepping(self) -> torch.optim.Optimizer:
+        return self.engine.basic_optimizer
+
+    @property
     def module(self) -> nn.Module:
         return self.engine.module
 

@@ -14,6 +14,7 @@ from pipeline.recipe.sections import (
     Schedule,
     Shampoo,
 )
+from pipeline.recipe.sources import sources
 
 __all__ = [
     "Augment",
@@ -28,5 +29,6 @@ __all__ = [
     "Shampoo",
     "flatten",
     "parse",
+    "sources",
     "unflatten",
 ]

@@ -7,6 +7,8 @@ from typing import TypeVar
 
 import tyro
 
+from pipeline.recipe.sources import trace
+
 T = TypeVar("T")
 
 
@@ -28,4 +30,6 @@ def parse(
         "every option below overrides one field of it."
     )
     paragraphs = re.sub(r"\n(?=\S)", "\n\n", description)  # the help keeps paragraphs, not lines
-    return tyro.cli(type(recipe), default=recipe, description=f"{paragraphs}\n\n{usage}", args=rest)
+    parsed = tyro.cli(type(recipe), default=recipe, description=f"{paragraphs}\n\n{usage}", args=rest)
+    forms = {"recipe": make(chosen.model, False)} | ({"--debug": recipe} if chosen.debug else {})
+    return trace(parsed, forms | {"command line": parsed})

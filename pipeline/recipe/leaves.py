@@ -2,15 +2,15 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
 def flatten(recipe: object, prefix: str = "") -> dict[str, object]:
-    """{"data.path": ..., ...}: every leaf of a recipe by its name on the command line."""
+    """{"data.path": ..., ...}: every leaf of a recipe by its name on the command line; what is not compared is none."""
     leaves: dict[str, object] = {}
-    for item in dataclasses.fields(recipe):  # type: ignore[arg-type]
+    for item in _fields(recipe):
         value = getattr(recipe, item.name)
         if dataclasses.is_dataclass(value):
             leaves |= flatten(value, f"{prefix}{item.name}.")
@@ -19,10 +19,14 @@ def flatten(recipe: object, prefix: str = "") -> dict[str, object]:
     return leaves
 
 
+def _fields(recipe: Any) -> list[dataclasses.Field]:
+    return [item for item in dataclasses.fields(recipe) if item.compare]
+
+
 def unflatten(leaves: Mapping[str, object], kind: type[T]) -> T:
     """The recipe of that type whose `flatten` these are, as read back from recipe.json."""
     values: dict[str, object] = {}
-    for item in dataclasses.fields(kind):  # type: ignore[arg-type]
+    for item in _fields(kind):
         section = item.default_factory
         if dataclasses.is_dataclass(section):
             inner = {name.partition(".")[2]: leaf for name, leaf in leaves.items() if name.startswith(f"{item.name}.")}

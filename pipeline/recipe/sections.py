@@ -1,9 +1,14 @@
 """What a run is: a frozen Recipe of typed sections."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from pipeline.recipe.model import Model
+
+Origin = tuple[tuple[str, Mapping[str, object]], ...]
 
 
 @dataclass(frozen=True)
@@ -159,6 +164,12 @@ class Runtime:
     checkpoint. Below the 10 minutes after which NCCL gives up by itself."""
     log_every: str = "50 steps"
     """How often to log: epochs, steps, or a percentage of the length."""
+    norms: bool = False
+    """Show the gradient norm of every parameter in TensorBoard, at the cost of a pass over the gradients a step."""
+    pictures: bool = True
+    """Show augmented samples and attention maps in TensorBoard, at the start and with every evaluation."""
+    peak_tflops: float = 0.0
+    """Peak of one device in TFLOP/s at this precision, dense, for the MFU; 0: of devices that are known."""
     deterministic: bool = False
     """Bitwise resume on CUDA through torch.use_deterministic_algorithms, at some cost of speed. CPU runs always are."""
 
@@ -173,6 +184,12 @@ class Recipe:
     """Cross-entropy, or binary cross-entropy summed over classes; of the memory and the process head, added up."""
     ema_decay: float = 0.999
     """Decay of the exponential moving average of the weights; 0 keeps none."""
+    dry_run: bool = False
+    """Check everything, measure, print what the run would be and cost, and stop before the first step."""
+    profile: int = 0
+    """Trace so many steps by torch.profiler, after a few others, into RUN/profile; 0 none."""
+    wandb: str = ""
+    """Project of Weights & Biases that is shown what TensorBoard is; empty: none."""
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)
     model: Model = field(default_factory=Model)
@@ -181,3 +198,5 @@ class Recipe:
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     runtime: Runtime = field(default_factory=Runtime)
+    origin: Annotated[Origin, tyro.conf.Suppress] = field(default=(), compare=False)
+    """No field of a recipe: what `pipeline.recipe.sources` makes out from where the others have their values."""

@@ -1,4 +1,4 @@
-"""What a run leaves to be read: metrics.jsonl, TensorBoard, the progress bar, recipe.json and outcome.json."""
+"""What a run leaves to be read: metrics.jsonl, TensorBoard, the progress bar, recipe.json, outcome.json and more."""
 
 from pipeline.record.metrics import kept_metrics, last_evaluation, last_step, read_metrics
 from pipeline.record.outcome import OUTCOME, forget_outcome, read_outcome, write_outcome

@@ -12,6 +12,7 @@ MAY_CHANGE = (
     *("run_dir", "checkpoint.", "evaluation.batch"),
     *("data.path", "data.remote", "data.cache", "data.workers", "data.max_bad", "data.accumulation"),
     *("runtime.device", "runtime.processes", "runtime.max_skipped", "runtime.hang_timeout", "runtime.log_every"),
+    *("dry_run", "profile", "wandb", "runtime.norms", "runtime.pictures", "runtime.peak_tflops"),
     *("runtime.fsdp_replicas", "runtime.compile", "runtime.activation_checkpointing"),
 )
 """Fields that a resumed run may change: they decide how, not what, is computed (the index has its own fingerprint)."""
