@@ -41,7 +41,7 @@ from tools.step_sides import Bare, Settings, Turns, flops, make_batch, peak, res
 PACKAGES = ("torch", "timm", "accelerate")
 MODELS = ("vittm_small", "vit_small_patch16_224")
 KINDS = {"plain": False, "ema": True}
-PEAK_STEPS = 3
+PEAK_STEPS = 2
 # Blocks above it go back to the system when they are freed, so that the resident size is what is in use.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 18), "MALLOC_ARENA_MAX": "1"}
 
