@@ -1,10 +1,12 @@
 """tools/bench_step.py: what it appends, that both of its sides take the same steps, and what it refuses."""
 
 import json
+from functools import partial
 
 import pytest
 import ranks
 import torch
+from safetensors.torch import load_file
 
 from pipeline.backend import start
 from pipeline.data.batch import Batch
@@ -16,7 +18,7 @@ TINY = ["--models", "test_vit", "--image-size", "32", "--batch", "4", "--threads
 
 
 def train_both(root, averaged: bool) -> None:
-    """Six steps of each side from the same weights; what is left of both goes to a file."""
+    """Seven steps of each side from the same weights; what is left of both goes to a file."""
     world = start("cpu")
     settings = Settings("test_vit", 32, 4, "fp32", "off", "cpu", averaged)
     options = bench_step._options([*TINY, "--turns", "2"])
@@ -31,11 +33,8 @@ def train_both(root, averaged: bool) -> None:
         schedule.append(lr)
         bare.step(batch)
 
-    def feed():
-        yield from turns.feed(step)
-        step(turns.batch)  # their last one: ours is in no turn
-
-    train_fed(recipe, world, feed)
+    train_fed(recipe, world, partial(turns.feed, step))
+    step(turns.batch)  # ours, too, has taken one that is in no turn
     weights = bare.averages.module.state_dict() if averaged else bare.model.state_dict()
     torch.save({"weights": weights, "steps": len(schedule), "turns": (turns.ours, turns.theirs)}, root / "theirs.pt")
     leave(0)
@@ -43,8 +42,6 @@ def train_both(root, averaged: bool) -> None:
 
 @pytest.mark.parametrize("averaged", [False, True])
 def test_both_sides_take_the_same_steps(tmp_path, averaged):
-    from safetensors.torch import load_file
-
     ended = ranks.run_function(train_both, (tmp_path, averaged), tmp_path / "logs", 1).wait()
     assert ended.codes == [0], ended.outputs
     theirs = torch.load(tmp_path / "theirs.pt", weights_only=True)
@@ -54,6 +51,7 @@ def test_both_sides_take_the_same_steps(tmp_path, averaged):
     torch.testing.assert_close(ours, theirs["weights"], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.soak
 def test_it_appends_a_line(tmp_path):
     output = tmp_path / "figures.jsonl"
     arguments = [*TINY, "--turns", "2", "--peak-tflops", "0.1", "--output", str(output)]
