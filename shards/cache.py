@@ -62,7 +62,7 @@ class CachedShard:
     def check_note(self) -> None:
         """Raises OSError where the shard was found lately not to be had."""
         with suppress(FileNotFoundError):
-            if time.time() - self.wrong.stat().st_mtime < REMEMBERED_SECONDS:
+            if abs(time.time() - self.wrong.stat().st_mtime) < REMEMBERED_SECONDS:  # a clock may have gone back
                 raise OSError(self.wrong.read_text())
 
 

@@ -120,11 +120,11 @@ def _shards(dataset: Path, now: float) -> Iterator[_File]:
         if match is None:
             continue
         if match[1] == "wrong-":
-            if now - state.st_mtime > REMEMBERED_SECONDS:
+            if abs(now - state.st_mtime) > REMEMBERED_SECONDS:  # also where the clock has gone back since
                 Path(entry.path).unlink(missing_ok=True)
             continue
         unread = match[1] == "part-" or state.st_atime == 0
-        waits = unread and now - state.st_mtime < _WAITING_SECONDS
+        waits = unread and abs(now - state.st_mtime) < _WAITING_SECONDS
         yield _File(entry.path, int(match[2]), state.st_mtime, waits)
 
 

@@ -145,6 +145,9 @@ def test_resuming_with_another_recipe_shows_both_values(start, small, tmp_path):
     assert "schedule.length: '2 steps' there, '4 steps' now" in again.outputs[0]
     assert "data.global_batch: 16 there, 8 now" in again.outputs[0]
     assert "data.workers" not in again.outputs[0]
+    outcome = json.loads((tmp_path / "run" / "outcome.json").read_text())
+    assert (outcome["outcome"], outcome["step"]) == ("error", 2)
+    assert "data.global_batch: 16 there, 8 now" in outcome["reason"]
 
 
 def test_a_bad_image_is_named(start, small, shards, tmp_path):
@@ -158,6 +161,36 @@ def test_a_bad_image_is_named(start, small, shards, tmp_path):
     assert "train-00000" in ended.outputs[0]
     assert "cannot decode an image" in ended.outputs[0]
     assert "Traceback" not in ended.outputs[0]
+
+
+def test_an_index_whose_shard_was_cut_short(refused, shards, tmp_path):
+    data = shutil.copytree(shards, tmp_path / "data")
+    tar = sorted(data.glob("train-*.tar"))[1]
+    whole = tar.stat().st_size
+    os.truncate(tar, whole // 2)
+    message = refused(["--data.path", str(data)])
+    told = f"shard {tar} has {whole // 2} bytes and the manifest says {whole}: it was cut short or replaced; copy it"
+    assert told in message
+
+
+def test_a_clock_that_goes_backwards(finished, start, tmp_path):
+    """A run is continued from the newest checkpoint by its step, whatever the times of its files, and goes on alike."""
+    run = shutil.copytree(finished / "finetune", tmp_path / "run")
+    leaves, whole = json.loads((run / "recipe.json").read_text()), ranks.metrics(run)
+    names = ("data.path", "data.global_batch", "augment.image_size", "model.embed_dim", "model.start")
+    options = ["--debug", "--run-dir", str(run), "--data.workers", "0", "--schedule.length", "8 steps"]
+    for name in (*names, "evaluation.batch"):
+        options += [f"--{name}".replace("_", "-"), str(leaves[name])]
+    shutil.rmtree(run / "checkpoints" / "step-00000008")
+    for path in run.rglob("*"):
+        os.utime(path, (2**32, 2**32))  # of the year 2106: the clock has gone back since
+    for steps in ("steps 4 to 8", "steps 8 to 8"):
+        ended = start(FINETUNE, options).wait()
+        assert ended.codes == [0], ended.outputs
+        assert steps in ended.outputs[0]
+        assert ranks.metrics(run) == whole
+    assert (run / "checkpoints" / "latest").read_text() == "step-00000008"
+    assert json.loads((run / "outcome.json").read_text())["outcome"] == "done"
 
 
 def train_on_a_full_disk(options: list[str], strategy: str, limit: int) -> None:
@@ -190,6 +223,9 @@ def test_a_full_disk_leaves_the_older_checkpoint_whole(small, tmp_path, strategy
     assert (root / "latest").read_text() == "step-00000002"
     assert (root / "step-00000002" / "COMMITTED").exists()
     assert not (root / "step-00000004").exists()
+    outcome = json.loads((tmp_path / "run" / "outcome.json").read_text())
+    assert outcome["outcome"] == "error"
+    assert any(f"error: {outcome['reason']}" in text for text in ended.outputs)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(start, small, tmp_path):

@@ -41,6 +41,7 @@ class DeepSpeed(Backend):
         self.engine, wrapped = self.accelerator.prepare(model, optimizer)
         super().__init__(world, self.engine, wrapped.optimizer, options)
         self._check(config)
+        zero.share(self.engine)
         if hasattr(optimizer, "place"):
             optimizer.place([shard.tensor if len(shard.tensor) else None for shard in self.shards()])
 

@@ -16,6 +16,17 @@ def shard_of(name: str, parameter: Any, engine: Any) -> Shard:
     return (_piece_of_3 if engine.zero_optimization_partition_weights() else _piece_of_1_and_2)(name, parameter, engine)
 
 
+def share(engine: Any) -> None:
+    """Stage 3 updates fp32 weights where they lie. DeepSpeed means to (stage3.py, "we don't need another copy"), but
+    compares a torch.device with the name of one, which are never equal, and keeps the copy."""
+    if not engine.zero_optimization_partition_weights():
+        return
+    partitions = engine.optimizer.fp16_partitioned_groups_flat, engine.optimizer.fp32_partitioned_groups_flat
+    for weights, updated in zip(*partitions, strict=True):
+        if (weights.dtype, weights.device) == (updated.dtype, updated.device):
+            updated.data = weights.data
+
+
 def publish(engine: Any) -> None:
     """Copies the partitions to the weights that the model computes with, and gathers those that every rank keeps."""
     optimizer = engine.optimizer

@@ -151,4 +151,7 @@ def test_a_run_goes_on_from_the_newest_that_is_whole_and_never_from_nothing(fini
     refused = start("recipes/finetune_1k.py", options).wait()
     assert refused.codes == [2], refused.outputs
     assert "error: none of the 2 checkpoints in" in refused.outputs[0]
+    outcome = json.loads((run / "outcome.json").read_text())
+    assert (outcome["outcome"], outcome["step"]) == ("error", 8)
+    assert outcome["reason"].startswith("none of the 2 checkpoints in")
     assert ranks.metrics(run) == whole

@@ -216,16 +216,17 @@ def test_a_shard_that_cannot_be_had(index, opened, server, cache, harm, reason, 
     assert store.read(FIRST, 0, 512) == whole[:512]
 
 
-def test_notes_grow_old(index, opened, cache):
+@pytest.mark.parametrize("age", [REMEMBERED_SECONDS + 1, -REMEMBERED_SECONDS - 1], ids=["", "the clock went back"])
+def test_notes_grow_old(index, opened, cache, age):
     missing(index.root)
     missing_then = opened(bound=40_000)
     with pytest.raises(OSError, match="no such file"):
         missing_then.read(FIRST, 0, 512)
     shutil.copy(index.root / NAMES[1], index.root / FIRST)
-    used(cached(cache, "wrong-")[FIRST], REMEMBERED_SECONDS + 1)
+    used(cached(cache, "wrong-")[FIRST], age)
     with pytest.raises(OSError, match="ends after 14848 of 17408"):
         missing_then.read(FIRST, 0, 512)
-    used(cached(cache, "wrong-")[FIRST], REMEMBERED_SECONDS + 1)
+    used(cached(cache, "wrong-")[FIRST], age)
     missing_then.read(NAMES[1], 0, 512)
     assert not cached(cache, "wrong-")
 
