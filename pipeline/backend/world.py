@@ -61,7 +61,7 @@ class World:
         total = torch.tensor(list(values), dtype=torch.float64)
         if self.size > 1:
             dist.all_reduce(total, group=self.group)
-        self.place.goes_on()
+        self.goes_on()
         return total.tolist()
 
     def gather(self, value: T) -> list[T]:
@@ -69,7 +69,7 @@ class World:
         values = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value, group=self.group)
-        self.place.goes_on()
+        self.goes_on()
         return values
 
     def from_main(self, value: T) -> T:
@@ -77,8 +77,12 @@ class World:
         box = [value]
         if self.size > 1:
             dist.broadcast_object_list(box, src=0, group=self.group)
-        self.place.goes_on()
+        self.goes_on()
         return box[0]
+
+    def goes_on(self) -> None:
+        """Some progress of this rank, while others wait for it."""
+        self.place.goes_on()
 
     def should_stop(self) -> bool:
         """Whether any rank was signalled to stop; the same answer on every rank."""

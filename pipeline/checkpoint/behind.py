@@ -1,7 +1,7 @@
 """Work in a thread of its own, while its caller goes on."""
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 
 class Behind:
@@ -16,6 +16,10 @@ class Behind:
         executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running = executor.submit(work)
         executor.shutdown(wait=False)  # the thread ends with its work
+
+    def ends_within(self, seconds: float) -> bool:
+        """Whether nothing runs any more, waiting for so long at most."""
+        return self._running is None or not wait([self._running], seconds).not_done
 
     def wait(self) -> None:
         """Returns when nothing runs; raises what the work raised, once."""

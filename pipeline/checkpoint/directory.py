@@ -54,6 +54,7 @@ class Ranks(Protocol):
     def group(self) -> dist.ProcessGroup | None: ...
     def gather(self, value: object) -> list[object]: ...
     def from_main(self, value: object) -> object: ...
+    def goes_on(self) -> None: ...
 
 
 class Engine(Protocol):
@@ -121,7 +122,7 @@ class Checkpoints:
     def wait_for_uploads(self) -> None:
         """Returns when what was committed is copied, or given up with a message."""
         if self.uploads:
-            self.uploads.wait()
+            self.uploads.wait(self.world.goes_on)
 
     @contextmanager
     def settled(self) -> Iterator[None]:
