@@ -86,19 +86,20 @@ class Footprint:
         ways = ranks // self.recipe.runtime.fsdp_replicas
         return sum(math.ceil(shape[0] / ways) * shape[1:].numel() if shape else 1 for shape in self.shapes)
 
-    def checkpoint(self) -> int:
+    def checkpoint(self, strategy: str) -> int:
         """Bytes of one checkpoint, all ranks' files together, to some percent: weights, the optimizer's states and
-        averages in fp32 (under ZeRO in pure bf16 the weights of both precisions)."""
+        averages in fp32; of ZeRO 1 and 2 the weights that the model computes with, too."""
+        computing = 2 if self.recipe.runtime.precision == "bf16-pure" else _FP32
         copies = 1 + self.states + bool(self.recipe.ema_decay)
-        return math.ceil(_FP32 * self.numel * copies)
+        return math.ceil(self.numel * (_FP32 * copies + computing * (strategy in ("zero1", "zero2"))))
 
     def weights(self) -> int:
         """Bytes of the files of weights that a finished run leaves, best ones included."""
         return _FP32 * self.numel * (4 if self.recipe.ema_decay else 2)
 
-    def disk(self) -> int:
+    def disk(self, strategy: str) -> int:
         """Most bytes that the run needs at one time: a checkpoint is written before an older one goes."""
-        return (self.recipe.checkpoint.keep + 1) * self.checkpoint() + self.weights()
+        return (self.recipe.checkpoint.keep + 1) * self.checkpoint(strategy) + self.weights()
 
 
 def measure(recipe: Recipe, model: nn.Module) -> Footprint:

@@ -82,8 +82,10 @@ def prepare(recipe: Recipe, world: World) -> Run:
         started = give_start(model, recipe.model)
         if world.is_main:
             print(started, flush=True)
-    check_room(measure(recipe, model).checkpoint(), world.from_main(shutil.disk_usage(run_dir).free), run_dir)
+    footprint = measure(recipe, model)  # before it is sharded
     learner = make_learner(recipe, world, model, schedule, len(given.validation.reader))
+    free = world.from_main(shutil.disk_usage(run_dir).free)
+    check_room(footprint.checkpoint(learner.backend.name), free, run_dir)
     record = Record(run_dir, world.is_main, recipe.data.global_batch)
     budget = Budget(recipe.data.max_bad).allows(given.stream.plan.num_samples)
     quarantine = Quarantine(run_dir, world, recipe.data.train, budget)

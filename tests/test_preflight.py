@@ -136,7 +136,7 @@ def hold_each(strategies: tuple[str, ...], data: Path, root: Path) -> None:
         backend.close()
         (checkpoint,) = (root / strategy / "checkpoints").glob("step-00000002")
         written = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
-        assert footprint.checkpoint() == pytest.approx(written, rel=0.1), f"{strategy}: {written}"
+        assert footprint.checkpoint(strategy) == pytest.approx(written, rel=0.1), f"{strategy}: {written}"
         weights = sum(path.stat().st_size for path in (root / strategy / "weights").iterdir())
         assert footprint.weights() == pytest.approx(weights, rel=0.05)
     leave(0)

@@ -81,13 +81,14 @@ def whole(run: Run, trial: Trial, flops: float) -> Iterator[str]:
     peak = peak_flops(run.recipe, run.world.device)
     if peak:
         rate = run.recipe.data.global_batch / trial.step_seconds / run.world.size
-        yield f"MFU of steps alone: {rate * step / peak:.1%} of {peak / 1e12:,.0f} TFLOP/s"
+        yield f"MFU of steps alone: {rate * step / peak:.1%} of {peak / 1e12:,.4g} TFLOP/s"
 
 
 def disk(run: Run, footprint: Footprint, free: int) -> Iterator[str]:
     """free: bytes on the disk of the run directory."""
     section = run.recipe.checkpoint
-    one, most = footprint.checkpoint(), footprint.disk()
+    name = run.learner.backend.name
+    one, most = footprint.checkpoint(name), footprint.disk(name)
     yield f"disk: {size(most)} at most, {size(free)} are free"
     yield f"{section.keep} + 1 checkpoints of {size(one)}, and {size(footprint.weights())} of weights at the end"
     if free < most:
