@@ -3,9 +3,11 @@
 import json
 import os
 import signal
+import subprocess
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 import ranks
 from torch import Tensor
@@ -118,3 +120,21 @@ def test_a_rank_in_its_own_code_is_named_with_its_place(small, tmp_path):
         assert f": rank {rank} of 2, pid " in log.splitlines()[0]
         assert "error: " in log
     assert sum(f"error: {reason}\n" in output for output in ended.outputs) == 1
+
+
+def kill_a_rank(launcher: subprocess.Popen) -> None:
+    (_, second) = sorted(psutil.Process(launcher.pid).children(), key=lambda rank: rank.environ()["RANK"])
+    second.kill()
+
+
+@pytest.mark.soak
+def test_a_launcher_that_ends_the_others_leaves_them_time_to_tell(small, tmp_path):
+    """torchrun, which accelerate launch is, sends a SIGTERM to the ranks that are left."""
+    run, log = ["--debug", *small, *LONG, "--run-dir", str(tmp_path / "run")], tmp_path / "launch.log"
+    launcher = ranks.accelerate("ddp_cpu2", PRETRAIN, run, log)
+    ranks.when_logged(tmp_path / "run" / "metrics.jsonl", 3, lambda: launcher.poll() is None)
+    kill_a_rank(launcher)
+    assert launcher.wait(ranks.PATIENCE) == 1
+    reason = reason_of(tmp_path / "run")
+    assert reason.startswith("a collective failed; rank 1 did not arrive: rank 1 (pid ")
+    assert f"error: {reason}\n" in log.read_text()

@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from torch.utils import cpp_extension
-
 from shards.errors import UserError
 
 LONGEST_BUILD = 300.0  # seconds; the two kernels take 23 and 40 s here
@@ -37,6 +35,7 @@ def build_kernels(builders: Sequence[str]) -> None:
     that was killed left its lock, it would wait for ever. What this machine cannot build is left to DeepSpeed."""
     import deepspeed
     from deepspeed.accelerator import get_accelerator
+    from torch.utils import cpp_extension  # warns of a missing CUDA as it is imported
 
     for name in builders:
         builder = get_accelerator().create_op_builder(name)
