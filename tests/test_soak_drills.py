@@ -23,7 +23,8 @@ from pipeline.trainer import fit, launch
 
 pytestmark = pytest.mark.soak
 STRATEGIES = ("ddp", "fsdp", "zero2")  # the first two commit behind the training
-TIMES, STEPS, SAVED, EVALUATED = 20, 240, 3, 5
+TIMES, STEPS, SAVED, EVALUATED = 20, 240, 4, 6
+KINDS = ["start"] * 3 + ["any"] * 7 + ["saving"] * 5 + ["evaluation"] * 5  # of moments that are aimed at
 TIME_TO_STOP = 25.0
 POLL = 0.001
 OPTIONS = ["--model.drop-path-rate", "0.2", "--data.accumulation", "1", "--evaluation.batch", "2"]
@@ -84,7 +85,8 @@ class Attempt:
     def where(self) -> str:
         if not self.is_told():
             return "starting"
-        return "committing" if self.is_saving() else "evaluating" if self.is_evaluating() else "training"
+        doing = "evaluating" if self.is_evaluating() else "training"
+        return f"{doing}, a commit under way" if self.is_saving() else doing
 
     def check_start(self) -> None:
         """It went on from the newest checkpoint that was committed, and from nothing else."""
@@ -92,9 +94,8 @@ class Attempt:
         assert told is None or int(told[1]) == self.newest, f"{told[0]}, but {self.newest} was the newest committed"
 
 
-def await_moment(attempt: Attempt, moments: random.Random, is_kill: bool) -> None:
-    """Of its start, any, one while it saves, or one while it evaluates; and a moment later."""
-    kind = moments.choice(["start", "any", "any", "saving", "evaluation"])
+def await_moment(attempt: Attempt, kind: str, moments: random.Random, is_kill: bool) -> None:
+    """One of its start, any, one while it saves, or one while it evaluates; and a moment later."""
     if kind == "start":
         if not is_kill:  # before that a SIGTERM ends a process, as it ends any other
             attempt.until(attempt.listens)
@@ -155,9 +156,9 @@ def seeded(name: str, strategy: str) -> random.Random:
 def test_killed_twenty_times(whole, shards, tmp_path):
     strategy, undisturbed = whole
     moments, hit, left = seeded("SIGKILL", strategy), Counter(), 0
-    for _ in range(TIMES):
+    for kind in moments.sample(KINDS, TIMES):
         attempt = Attempt.begin(strategy, shards, tmp_path / "run")
-        await_moment(attempt, moments, is_kill=True)
+        await_moment(attempt, kind, moments, is_kill=True)
         hit[attempt.where()] += 1
         for process in moments.sample(attempt.running.processes, 2):
             process.kill()
@@ -168,7 +169,7 @@ def test_killed_twenty_times(whole, shards, tmp_path):
         assert json_outcome(tmp_path / "run") not in ("done", "requeue")
     finish(strategy, shards, tmp_path / "run")
     print(f"{strategy}: killed while {dict(hit)}; {left} left an uncommitted directory, of which none was loaded")
-    assert len(hit) >= 3, "too few kinds of moments were met"
+    check_kinds(hit)
     check_same(tmp_path / "run", undisturbed)
     assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp"))
 
@@ -176,9 +177,9 @@ def test_killed_twenty_times(whole, shards, tmp_path):
 def test_stopped_twenty_times(whole, shards, tmp_path):
     strategy, undisturbed = whole
     moments, hit, took = seeded("SIGTERM", strategy), Counter(), []
-    for _ in range(TIMES):
+    for kind in moments.sample(KINDS, TIMES):
         attempt = Attempt.begin(strategy, shards, tmp_path / "run")
-        await_moment(attempt, moments, is_kill=False)
+        await_moment(attempt, kind, moments, is_kill=False)
         hit[attempt.where()] += 1
         logged = last_step(tmp_path / "run")
         began = time.monotonic()
@@ -196,8 +197,13 @@ def test_stopped_twenty_times(whole, shards, tmp_path):
     median, longest = sorted(took)[TIMES // 2], max(took)
     print(f"{strategy}: stopped while {dict(hit)}; seconds to exit: median {median:.2f}, longest {longest:.2f}")
     assert longest < TIME_TO_STOP
-    assert len(hit) >= 3, "too few kinds of moments were met"
+    check_kinds(hit)
     check_same(tmp_path / "run", undisturbed)
+
+
+def check_kinds(hit: Counter) -> None:
+    for kind in ("starting", "training", "evaluating", "a commit under way"):
+        assert any(kind in where for where in hit), f"nothing was hit while {kind}"
 
 
 def json_outcome(run_dir: Path) -> str:
