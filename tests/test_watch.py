@@ -22,6 +22,8 @@ from recipes import pretrain_21k
 PRETRAIN = "recipes/pretrain_21k.py"
 LONG = ["--schedule.length", "4000 steps", "--evaluation.every", "100%", "--checkpoint.every", "100%"]
 STUCK_AT = 3
+HANG = 10
+"""Seconds, in which every start and step moves also on a machine that is busy."""
 
 
 @pytest.fixture
@@ -53,12 +55,12 @@ def check_logs(logs: Path, rank: int) -> None:
 
 
 def test_a_stopped_rank_is_named_by_the_other(training, tmp_path):
-    running = training("--runtime.hang-timeout", "1")
+    running = training("--runtime.hang-timeout", str(HANG))
     os.kill(running.processes[1].pid, signal.SIGSTOP)
     running.processes[0].join(ranks.PATIENCE)
     assert running.processes[0].exitcode == 1
     reason = reason_of(tmp_path / "run")
-    assert reason.startswith("hang: nothing has moved for 1 s; rank 1 did not arrive: rank 1 (pid ")
+    assert reason.startswith(f"hang: nothing has moved for {HANG} s; rank 1 did not arrive: rank 1 (pid ")
     assert f"(pid {running.processes[1].pid} on {os.uname().nodename}) is stopped (SIGSTOP); rank 0 stands at" in reason
     assert "from sum (pipeline/backend/world.py:" in reason
     assert "start the same command again" in reason
@@ -103,11 +105,11 @@ def get_stuck(options: list[str]) -> None:
 
 
 def test_a_rank_in_its_own_code_is_named_with_its_place(small, tmp_path):
-    options = [*small, *LONG, "--run-dir", str(tmp_path), "--runtime.hang-timeout", "1"]
+    options = [*small, *LONG, "--run-dir", str(tmp_path), "--runtime.hang-timeout", str(HANG)]
     ended = ranks.run_function(get_stuck, (options,), tmp_path / "outputs", 2).wait()
     assert ended.codes == [1, 1]
     reason = reason_of(tmp_path)
-    assert reason.startswith("hang: nothing has moved for 1 s; rank 1 did not arrive: rank 1 (pid ")
+    assert reason.startswith(f"hang: nothing has moved for {HANG} s; rank 1 did not arrive: rank 1 (pid ")
     assert f"is still at 'step {STUCK_AT}: training'; rank 0 stands at 'step {STUCK_AT}: training', in gloo:" in reason
     stacks = [(tmp_path / "logs" / f"rank-{rank}.stacks").read_text() for rank in (0, 1)]
     assert "in all_reduce\n" in stacks[0]
