@@ -325,7 +325,11 @@ def test_the_names_of_a_directory_are_not_kept(tmp_path):
     assert os.listdir(tmp_path) == ["n"]
 
 
-@pytest.mark.parametrize("foreign", [b"my notes\n", gzip.compress(b"my notes\n"), gzip.compress(b'["x"]\n'), b""])
+@pytest.mark.parametrize(
+    "foreign",
+    [b"my notes\n", gzip.compress(b"my notes\n"), gzip.compress(b'["x"]\n'), b""],
+    ids=["text", "packed text", "packed JSON", "empty"],
+)
 def test_another_file_is_not_overwritten(tmp_path, foreign):
     source = named(tmp_path / "n.tar")
     (tmp_path / "names.gz").write_bytes(foreign)
