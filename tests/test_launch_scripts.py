@@ -6,7 +6,7 @@ import shutil
 import signal
 import socket
 import subprocess
-import sysconfig
+import sys
 import threading
 from pathlib import Path
 
@@ -43,22 +43,26 @@ trap 'say requeue; kill "$!"; exit 1' TERM
 sleep 60 & echo "$SLURM_NODEID" >>"$LOG/started"
 wait
 """
+REAL = f'#!/bin/bash\nexec {sys.executable} -m accelerate.commands.accelerate_cli "$@"\n'  # of this environment
+
+
+def commands(folder: Path, **texts: str) -> str:
+    """The PATH on which these stand-ins come first."""
+    folder.mkdir(exist_ok=True)
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
 
 
 @pytest.fixture
 def job(tmp_path):
     """job(options, **environment) -> a running slurm.sbatch on two nodes, with stand-ins on its PATH."""
-    commands = {"scontrol": SCONTROL, "srun": SRUN}
     running: list[subprocess.Popen] = []
 
-    def run(options: list[str], accelerate: str = "", **environment: str) -> subprocess.Popen:
-        folder = tmp_path / "bin"
-        folder.mkdir(exist_ok=True)
-        for name, text in (commands | ({"accelerate": accelerate} if accelerate else {})).items():
-            (folder / name).write_text(text)
-            (folder / name).chmod(0o755)
+    def run(options: list[str], accelerate: str = REAL, **environment: str) -> subprocess.Popen:
+        path = commands(tmp_path / "bin", scontrol=SCONTROL, srun=SRUN, accelerate=accelerate)
         slurm = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": "20007"}
-        path = f"{folder}:{sysconfig.get_path('scripts')}:{os.environ['PATH']}"
         variables = os.environ | slurm | {"LOG": str(tmp_path), "PATH": path} | environment
         command = ["bash", "ds_configs/slurm.sbatch", *options]
         running.append(subprocess.Popen(command, cwd=ranks.ROOT, env=variables, start_new_session=True))
@@ -82,9 +86,8 @@ def when(path: Path, text: str, job: subprocess.Popen) -> None:
 
 
 def test_shellcheck_finds_nothing():
-    done = subprocess.run(
-        ["shellcheck", "--norc", *SCRIPTS], cwd=ranks.ROOT, capture_output=True, text=True, check=False
-    )
+    command = [Path(sys.executable).with_name("shellcheck"), "--norc", *SCRIPTS]
+    done = subprocess.run(command, cwd=ranks.ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -179,7 +182,7 @@ def test_a_sigterm_to_one_of_two_launchers_stops_both(small, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    path = f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}"
+    path = commands(tmp_path / "bin", accelerate=REAL)
     shared = {"MACHINES": "2", "MAIN_ADDRESS": "127.0.0.1", "MAIN_PORT": port, "PROCESSES": "1", "PATH": path}
     command = ["ds_configs/multinode.sh", "ds_configs/ddp_cpu2.yaml", str(tmp_path / "run"), FINETUNE, *options]
     launchers = []
