@@ -23,7 +23,7 @@ import psutil
 
 ROOT = Path(__file__).parents[1]
 PRELOADED = ["pipeline.chain", "pipeline.backend.ddp", "pipeline.backend.fsdp", "pipeline.backend.deepspeed", "sklearn"]
-PATIENCE = 240
+PATIENCE = 600
 POLL = 0.005
 PORTS = 1000
 

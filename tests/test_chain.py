@@ -107,7 +107,7 @@ def test_a_signal_to_one_rank_ends_the_chain_in_order(start, chain_options, tmp_
     running.processes[1].terminate()
     ended = running.wait()
     assert ended.codes == [75, 75], "\n".join(ended.outputs)
-    assert not psutil.wait_procs(helpers, timeout=30)[1], "they outlive their ranks"
+    assert not psutil.wait_procs(helpers, timeout=ranks.PATIENCE)[1], "they outlive their ranks"
     outcomes = [json.loads((tmp_path / "run" / name / "outcome.json").read_text()) for name in ("", "pretrain")]
     assert [outcome["outcome"] for outcome in outcomes] == ["requeue", "requeue"]
     stopped = outcomes[1]["step"]

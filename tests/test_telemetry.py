@@ -198,6 +198,7 @@ def test_goodput_counts_what_was_lost(start, small, tmp_path):
     """A run that is killed after its last checkpoint loses the steps since then, and the time until it is started."""
     options = ["--debug", *small, "--checkpoint.every", "4 steps", "--evaluation.every", "100%"]
     options += ["--schedule.length", "30 steps", "--run-dir", str(tmp_path / "run")]
+    options += ["--checkpoint.no-asynchronous"]  # so that step 4 is committed before step 5 is logged
     running = start(PRETRAIN, options)
     ranks.when_logged(tmp_path / "run" / "metrics.jsonl", 7, running.processes[0].is_alive)
     running.kill()

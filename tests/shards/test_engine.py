@@ -16,6 +16,7 @@ from shards.engine import open_engine
 from shards.errors import UserError
 
 HERE = Path(__file__).parent
+PATIENCE = 120
 NOBODY = (0, 0)
 
 
@@ -213,7 +214,7 @@ def test_results_may_be_left(two):
 
 
 def test_more_workers_than_the_system_allows():
-    _, errors = start("open_too_many()").communicate(timeout=20)
+    _, errors = start("open_too_many()").communicate(timeout=PATIENCE)
     assert errors.splitlines()[-1] == (
         "shards.errors.UserError: cannot start a worker process: [Errno 24] Too many open files; run again with fewer "
         "--workers"
@@ -238,7 +239,7 @@ def test_workers_end_with_their_parent(number):
         else:
             process.send_signal(number)
         # The end of its output, which the workers share, tells that all have ended.
-        output, errors = process.communicate(timeout=20)
+        output, errors = process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
     assert process.returncode == -number

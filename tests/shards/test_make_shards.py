@@ -131,7 +131,7 @@ def test_a_killed_run_leaves_nothing_whole_and_is_resumed(folders, files_of, tmp
 
 
 def test_an_interrupted_run_says_how_to_go_on(folders, tmp_path):
-    source, out = folders(tmp_path / "many", classes=4, images=40), tmp_path / "out"
+    source, out = folders(tmp_path / "many", classes=4, images=100), tmp_path / "out"
     arguments = ("folder", source, out, "--split", "train", "--shard-size", 1, "--workers", 2)
     process = subprocess.Popen(command(*arguments), cwd=ROOT, stderr=subprocess.PIPE, text=True)
     while not list(out.glob("train-*.tar")):

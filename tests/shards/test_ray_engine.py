@@ -129,7 +129,7 @@ def end_session(head):
     members = [process for process in psutil.process_iter() if session_of(process.pid) == head.pid]
     os.killpg(head.pid, signal.SIGKILL)
     head.communicate()
-    assert psutil.wait_procs(members, timeout=20)[1] == []
+    assert psutil.wait_procs(members, timeout=120)[1] == []
 
 
 @pytest.fixture(scope="module")
