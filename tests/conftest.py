@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from pathlib import Path
@@ -27,7 +28,9 @@ NUM_CLASSES = 5
 
 @pytest.fixture(scope="session", autouse=True)
 def _processes() -> None:
-    """Forking from a process with running torch threads hangs, so ranks are forked from a server without any."""
+    """Forking from a process with running torch threads hangs, so ranks are forked from a server without any. Processes
+    heed SIGINT also where a shell began the tests in the background, which ignore it then."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     multiprocessing.get_context("forkserver").set_forkserver_preload(ranks.PRELOADED)
     forkserver.ensure_running()  # now: the first to start it decides what it has imported, and shards start it too
