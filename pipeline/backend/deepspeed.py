@@ -14,7 +14,7 @@ from pipeline.backend import universal, zero
 from pipeline.backend.base import Backend, Criterion, Mixed, StepOptions, Stepped, mean, skipped
 from pipeline.backend.ddp import accumulation_plugin
 from pipeline.backend.layers import cast_inputs
-from pipeline.backend.toolchain import build_kernels, check_toolchain
+from pipeline.backend.toolchain import build_kernel, check_toolchain
 from pipeline.backend.world import World
 from pipeline.sharded import Shard
 from shards.errors import UserError
@@ -30,7 +30,8 @@ class DeepSpeed(Backend):
     ) -> None:
         if world.device.type == "cpu":
             check_toolchain("DeepSpeed", ("g++", "ninja"))
-        build_kernels(kernels(world, config))
+        for name in kernels(world, config):
+            build_kernel(name)
         self.accelerator = Accelerator(
             deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config),
             mixed_precision="no",

@@ -1,13 +1,15 @@
 """What compiling at run time needs."""
 
 import fcntl
+import functools
 import os
 import shutil
 import socket
 import sys
 import sysconfig
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -15,7 +17,7 @@ from typing import TextIO
 from shards.errors import UserError
 
 LONGEST_BUILD = 300.0  # seconds; the two kernels take 23 and 40 s here
-POLL = 0.1
+SHORT, POLL = 2.0, 0.1
 
 
 def check_toolchain(who: str, tools: tuple[str, ...]) -> None:
@@ -30,18 +32,18 @@ def check_toolchain(who: str, tools: tuple[str, ...]) -> None:
         )
 
 
-def build_kernels(builders: Sequence[str]) -> None:
-    """Builds and loads kernels of DeepSpeed's, by the names of their builders, before DeepSpeed does: where a build
+@functools.cache
+def build_kernel(name: str) -> None:
+    """Builds and loads a kernel of DeepSpeed's, once, by the name of its builder, before DeepSpeed does: where a build
     that was killed left its lock, it would wait for ever. What this machine cannot build is left to DeepSpeed."""
     import deepspeed
     from deepspeed.accelerator import get_accelerator
     from torch.utils import cpp_extension  # warns of a missing CUDA as it is imported
 
-    for name in builders:
-        builder = get_accelerator().create_op_builder(name)
-        if builder is not None and deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
-            with building_alone(Path(cpp_extension._get_build_directory(builder.name, verbose=False))):
-                builder.load(verbose=False)
+    builder = get_accelerator().create_op_builder(name)
+    if builder is not None and deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
+        with building_alone(Path(cpp_extension._get_build_directory(builder.name, verbose=False))):
+            builder.load(verbose=False)
 
 
 @contextmanager
@@ -67,9 +69,11 @@ def _lock(file: TextIO, directory: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.seek(0)
-        _say(f"waiting for the process that builds {directory} ({file.read() or 'it has just begun'})")
+        # Others of this launch only load what is built, which takes no time that is worth a line.
+        telling = threading.Timer(SHORT, _say, (f"waiting for the process that builds in {directory}",))
+        telling.start()
         fcntl.flock(file, fcntl.LOCK_EX)
+        telling.cancel()
     except OSError as error:
         _say(f"{directory} takes no lock ({error}): torch's own keeps builds apart")
 
