@@ -24,8 +24,9 @@ def s3(monkeypatch):
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
-    yield "s3://bucket/run"
+    # Moto's servers of one process share their buckets: test_store.py has another.
+    fsspec.filesystem("s3", skip_instance_cache=True).mkdir("uploads")
+    yield "s3://uploads/run"
     server.stop()
 
 
@@ -43,7 +44,7 @@ def test_what_is_committed_is_copied_to_s3(uploading, backend, save, s3, tmp_pat
             checkpoints.wait_for_uploads()
     system = fsspec.filesystem("s3")
     system.invalidate_cache()
-    system.get("bucket/run", str(tmp_path / "again"), recursive=True)
+    system.get("uploads/run", str(tmp_path / "again"), recursive=True)
     assert sorted(path.name for path in (tmp_path / "again").iterdir()) == ["step-00000001", "step-00000002"]
     for path in (tmp_path / "again").iterdir():
         manifest = read_manifest(path)
