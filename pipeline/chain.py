@@ -52,7 +52,8 @@ def fit_all(stages: Sequence[Stage], world: World, run_dir: Path) -> str:
         _say(world, f"stage {stage.name}: {stage.recipe.run_dir}")
         outcome = fit(without_start(stage, world) if dry else stage.recipe, world)
         if outcome != "done":
-            _conclude(world, run_dir, outcome, done, f"stage {stage.name} was asked to stop; start again to go on")
+            if not dry:
+                _conclude(world, run_dir, outcome, done, f"stage {stage.name} was asked to stop; start again to go on")
             return outcome
     if not dry:
         _conclude(world, run_dir, "done", len(stages), "every stage is finished")

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.backend import Stepped, World
 from pipeline.data.batch import Batch
-from shards.durable import atomic_file
+from shards.durable import replace_text
 from shards.errors import UserError
 
 SKIPPED = "skipped.jsonl"
@@ -90,5 +90,4 @@ class Skips:
         )
 
     def _write(self) -> None:
-        with atomic_file(self._path) as file:
-            file.write("".join(json.dumps(line) + "\n" for line in self._lines).encode())
+        replace_text(self._path, "".join(json.dumps(line) + "\n" for line in self._lines))

@@ -12,20 +12,16 @@ import torch.distributed as dist
 
 from pipeline.backend import TIMEOUT, Place, StopFlag, World, start
 from pipeline.recipe import Runtime
-from pipeline.record import forget_outcome, last_step, read_outcome, write_outcome
+from pipeline.record import EXIT_CODES, EXIT_USER_ERROR, forget_outcome, last_step, read_outcome, write_outcome
 from pipeline.watch import Watchdog, keep_log
 from shards.errors import UserError
-
-EXIT_CODES = {"done": 0, "requeue": 75}
-EXIT_DEFECT = 1
-EXIT_USER_ERROR = 2
 
 
 def launch(job: Callable[[World], str], runtime: Runtime, run_dir: Path, dry: bool = False) -> NoReturn:
     """Joins the launch, does the job, leaves: code 0 done, 75 to be started again, 2 the user's error, 1 a defect, a
     hang, or a rank that is gone.
 
-    dry: what is done is only a trial: it leaves no logs, is not watched, and an earlier outcome stays.
+    dry: what is done is only a trial: it is not watched, leaves neither logs nor an outcome, and an earlier one stays.
     """
     stop, place = StopFlag(), Place()
     watchdog = Watchdog(run_dir, stop, place, runtime.hang_timeout)
@@ -35,7 +31,7 @@ def launch(job: Callable[[World], str], runtime: Runtime, run_dir: Path, dry: bo
             if os.environ.get("RANK", "0") == "0":
                 forget_outcome(run_dir)
             keep_log(run_dir)
-        watchdog.start()
+            watchdog.start()
         # The collectives' own time-out would end the ranks without a word on who is missing.
         timeout = max(TIMEOUT, timedelta(seconds=2 * runtime.hang_timeout))
         world = start(runtime.device, runtime.processes, stop, place, timeout)
@@ -45,14 +41,14 @@ def launch(job: Callable[[World], str], runtime: Runtime, run_dir: Path, dry: bo
         place.at("leaving")
         dist.barrier()
     except UserError as error:
-        fail(watchdog, run_dir, EXIT_USER_ERROR, error)
+        fail(watchdog, run_dir, EXIT_USER_ERROR, error, dry)
     except Exception as error:
         traceback.print_exc()
-        fail(watchdog, run_dir, EXIT_DEFECT, error)
+        fail(watchdog, run_dir, EXIT_CODES["error"], error, dry)
     leave(EXIT_CODES[outcome])
 
 
-def fail(watchdog: Watchdog, run_dir: Path, code: int, error: Exception) -> NoReturn:
+def fail(watchdog: Watchdog, run_dir: Path, code: int, error: Exception, dry: bool) -> NoReturn:
     """Says why and leaves, waiting for nobody: other ranks may be stuck in a collective that this one has left.
 
     The first rank's reason stays in outcome.json; what others fail with is often only its consequence. Where a
@@ -63,7 +59,7 @@ def fail(watchdog: Watchdog, run_dir: Path, code: int, error: Exception) -> NoRe
     reason = str(error) if code == EXIT_USER_ERROR else f"{type(error).__name__}: {error}"
     print(f"error: {reason}", file=sys.stderr, flush=True)
     try:
-        if not read_outcome(run_dir):
+        if not dry and not read_outcome(run_dir):
             write_outcome(run_dir, "error", last_step(run_dir), reason)
     except (OSError, UserError) as error:
         print(f"error: {run_dir} takes no outcome.json: {error}", file=sys.stderr, flush=True)

@@ -44,7 +44,7 @@ def fit(recipe: Recipe, world: World) -> str:
     try:
         run = prepare(recipe, world)
     except Stopped:
-        return requeue(world, Path(recipe.run_dir), saved_step(Path(recipe.run_dir)))
+        return "requeue" if recipe.dry_run else requeue(world, Path(recipe.run_dir), saved_step(Path(recipe.run_dir)))
     if world.is_main:
         print(describe(run), flush=True)
     outcome = dry_run(run) if recipe.dry_run else train(run)
@@ -107,24 +107,30 @@ def fetch(run: Run, batches: Iterator[list[Batch]], step: int) -> list[Batch] | 
 
 def settle(run: Run, done: int, stepped: Stepped, batches: Sequence[Batch]) -> bool:
     """The average follows a sound step; one that is not finite is passed over; one whose loss leaps up takes the run
-    back to its newest checkpoint, from where it goes on with the batches after this one. Whether the step stays.
+    back to its newest checkpoint, if there is one, and on with the batches after this one. Whether the step stays.
 
     Raises UserError where that happens more often than the recipe allows.
     """
     run.world.place.unsaved = True
     if not stepped.applied:
         run.skips.note(done, stepped, batches, "the weights stay as they were")
-    elif run.spikes.met(stepped.loss.item()):
-        run.checkpoints.wait()
-        path = run.checkpoints.newest()
-        back = f"the weights are those of {path.name} again" if path else "there is no checkpoint yet, the run goes on"
-        run.skips.note(done, stepped, batches, f"a spike, above {run.spikes.limit():.4g}: {back}")
-        if path:
-            load(run, path)
-        return not path
+    elif run.spikes.met(stepped.loss.item()) and take_back(run, done, stepped, batches):
+        return False
     elif run.learner.ema:
         run.learner.ema.update()
     return stepped.applied
+
+
+def take_back(run: Run, done: int, stepped: Stepped, batches: Sequence[Batch]) -> bool:
+    """Notes a spike, and loads the newest checkpoint; False where there is none."""
+    run.checkpoints.wait()
+    path = run.checkpoints.newest()
+    back = f"the weights are those of {path.name} again" if path else "there is no checkpoint yet, the run goes on"
+    run.skips.note(done, stepped, batches, f"a spike, above {run.spikes.limit():.4g}: {back}")
+    if path is None:
+        return False
+    load(run, path)
+    return True
 
 
 def due(step: int, every: int, total: int) -> bool:

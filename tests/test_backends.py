@@ -52,6 +52,8 @@ def fit_each(strategies: tuple[str, ...], data: Path, root: Path, alone: Path) -
         patient = ["--runtime.max-skipped", str(len(lost))]
         fit_without(recipe_of(data, root / "rolled-back", STEPS, patient), world, lost)
         fit_injured(recipe_of(data, root / "spiked", STEPS, WATCHED), world, Spiked)
+        unsaved = [*WATCHED, "--checkpoint.every", "100%"]
+        fit_injured(recipe_of(data, root / "unsaved", STEPS, unsaved), world, Spiked)
     check_ranks_that_see_the_same_samples(place(world, "ddp", root), recipe_of(data, root / "same", STEPS))
     for strategy in strategies:
         placed = place(world, strategy, root)
@@ -143,6 +145,15 @@ def test_a_spike_takes_the_run_back_to_its_newest_checkpoint(runs):
     assert after == expected
     for weights in WEIGHTS:
         assert len({(runs / "one" / run / weights).read_bytes() for run in ROLLED_BACK}) == 1
+
+
+def test_a_spike_before_the_first_checkpoint_stays_and_the_average_follows(runs):
+    run = runs / "one" / "unsaved"
+    (line,) = lines_of(run / "skipped.jsonl")
+    assert line["step"] == SPIKE
+    assert line["outcome"].endswith("there is no checkpoint yet, the run goes on")
+    (state,) = run.glob("checkpoints/step-*/state.json")
+    assert json.loads(state.read_text())["ema_updates"] == STEPS
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

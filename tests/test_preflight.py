@@ -89,11 +89,11 @@ def test_a_dry_run_leaves_a_run_as_it_is(start, small, tmp_path):
     run_dir = tmp_path / "run"
     options = ["--debug", *small, "--run-dir", str(run_dir)]
     assert start(PRETRAIN, options).wait().codes == [0]
-    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file() and path.parent.name != "logs"}
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     ended = start(PRETRAIN, [*options, "--dry-run"]).wait()
     assert ended.codes == [0], ended.outputs
     assert "8 steps, of which 8 are done" in ended.outputs[0]
-    after = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file() and path.parent.name != "logs"}
+    after = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     assert after == before
     assert json.loads((run_dir / "outcome.json").read_text())["outcome"] == "done"
 
@@ -115,6 +115,7 @@ def test_a_dry_run_is_refused_as_a_run_is(start, small, tmp_path):
     ended = start(PRETRAIN, options).wait()
     assert ended.codes == [2]
     assert "'9 steps' is 9 steps, but schedule.length '8 steps' is only 8" in ended.outputs[0]
+    assert not [*tmp_path.rglob("outcome.json")]
 
 
 def hold_each(strategies: tuple[str, ...], data: Path, root: Path) -> None:

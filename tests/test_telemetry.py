@@ -17,7 +17,7 @@ from strategies import place, recipe_of
 
 from pipeline.augment.device import denormalise, normalise
 from pipeline.backend import start as join
-from pipeline.backend.tracking import open_trackers
+from pipeline.backend.tracking import check_installed, open_trackers
 from pipeline.prepare import prepare
 from pipeline.recipe import Augment, Model, Recipe
 from pipeline.telemetry.flops import forward_flops
@@ -126,7 +126,7 @@ def test_weights_and_biases_that_is_not_installed(tmp_path, alone, monkeypatch):
     with pytest.raises(
         UserError, match=r"wandb 'p' needs the package wandb, .*: pip install '\.\[wandb\]' --constraint"
     ):
-        open_trackers("p", tmp_path, {}, alone)
+        check_installed("p")
     assert open_trackers("", tmp_path, {}, alone) == []
 
 

@@ -31,12 +31,13 @@ import torch
 import pipeline.backend.ddp
 import pipeline.models  # noqa: F401 - registers our models with timm
 from pipeline.backend import World, start
+from pipeline.telemetry.flops import FORWARDS_A_STEP, forward_flops
 from shards.engine import open_engine
 from shards.sources.folders import ClassFolders
 from shards.writing.options import WriteOptions
 from shards.writing.writer import write
 from tools.benchmarks import NUM_CLASSES, ROOT, append, header, make_images
-from tools.step_sides import Bare, Settings, Turns, flops, make_batch, peak, reset_peak, train_fed
+from tools.step_sides import Bare, Settings, Turns, make_batch, peak, reset_peak, train_fed
 
 PACKAGES = ("torch", "timm", "accelerate")
 MODELS = ("vittm_small", "vit_small_patch16_224")
@@ -117,7 +118,7 @@ class Bench:
         plain = Settings(
             name, given.image_size, given.batch, given.precision, given.compile, given.device, averaged=False
         )
-        gflops = flops(plain.recipe(self.root / "data", self.root, 1)) / 1e9
+        gflops = forward_flops(plain.recipe(self.root / "data", self.root, 1), NUM_CLASSES, plain.batch) / 1e9
         found = {kind: self._compare(replace(plain, averaged=on), kind, gflops) for kind, on in KINDS.items()}
         return {"forward_gflops": round(gflops, 3), **found}
 
@@ -177,7 +178,7 @@ def _figures(turns: Turns, peaks: dict[str, int], gflops: float, options: argpar
         "memory_ratio": round(peaks["ours"] / peaks["bare"], 4),
     }
     if options.peak_tflops:
-        found["mfu"] = round(3 * gflops * speed / (options.peak_tflops * 1000), 4)
+        found["mfu"] = round(FORWARDS_A_STEP * gflops * speed / (options.peak_tflops * 1000), 4)
     return found
 
 

@@ -167,13 +167,3 @@ def peak(device: torch.device) -> int:
 def _status(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
-
-
-def flops(recipe: Recipe) -> int:
-    """Of the forward pass of one image, two a multiplication with addition."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    model, side = make_model(recipe, NUM_CLASSES), recipe.augment.image_size
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 3, side, side))
-    return counter.get_total_flops()

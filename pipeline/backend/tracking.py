@@ -52,9 +52,8 @@ def check_installed(project: str) -> None:
 def open_trackers(project: str, run_dir: Path, recipe: Mapping[str, object], world: World) -> list[WandB]:
     """WandB on rank 0, where there is a project; every rank calls it.
 
-    Raises UserError, on all ranks, where it is not installed, or does not let us in.
+    Raises UserError, on all ranks, where it does not let us in. That it is installed is checked before.
     """
-    check_installed(project)
     found: list[WandB] = []
     failure = _open(found, project, run_dir, recipe) if project and world.is_main else ""
     if reason := world.from_main(failure):

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.backend.world import World
 from pipeline.data.batch import Batch
-from shards.durable import atomic_file
+from shards.durable import replace_text
 from shards.errors import UserError
 
 QUARANTINE = "quarantine.jsonl"
@@ -78,8 +78,7 @@ class Quarantine:
         )
 
     def _write(self) -> None:
-        with atomic_file(self._path) as file:
-            file.write("".join(json.dumps(line) + "\n" for line in self._lines.values()).encode())
+        replace_text(self._path, "".join(json.dumps(line) + "\n" for line in self._lines.values()))
 
 
 def _identity(line: dict[str, Any]) -> tuple[str, int]:

@@ -7,6 +7,9 @@ from pipeline.record.run_dir import unwritable
 from shards.durable import replace_text
 
 OUTCOME = "outcome.json"
+EXIT_CODES = {"done": 0, "requeue": 75, "error": 1}
+"""Of a rank, by outcome. A mistake of the user's, which is an error as well, has EXIT_USER_ERROR."""
+EXIT_USER_ERROR = 2
 
 
 def write_outcome(run_dir: Path, outcome: str, step: int, reason: str, **more: float) -> None:

@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from pipeline.backend import Place, StopFlag, World
 from pipeline.checkpoint import saved_step
-from pipeline.record import OUTCOME, last_step, read_outcome, write_outcome
+from pipeline.record import EXIT_CODES, OUTCOME, last_step, read_outcome, write_outcome
 from pipeline.watch import flight
 from pipeline.watch.log import LOGS
 from pipeline.watch.notes import Note, Notes
@@ -30,8 +30,6 @@ from shards.errors import UserError
 CALM, ALARMED = 1.0, 0.25  # seconds between two looks
 SILENCE = 5.0  # seconds without a word, in an alarm, after which a rank is taken for stopped, dead or cut off
 EARLY = 10.0  # seconds that a signalled rank may take to agree with the others before there is anything to save
-EXIT_CODES = {"done": 0, "requeue": 75}
-EXIT_DEFECT = 1
 REMEDY = (
     "Once all of the launch has ended, start the same command again: it goes on from the newest checkpoint. If it was "
     "only slow, raise --runtime.hang-timeout"
@@ -162,7 +160,7 @@ class Watchdog:
         telling = threading.Thread(target=_tell, args=(f"{outcome}: {reason}",), daemon=True)
         telling.start()
         telling.join(SILENCE)
-        os._exit(EXIT_CODES.get(outcome, EXIT_DEFECT))
+        os._exit(EXIT_CODES[outcome])
 
     def _path(self, kind: str) -> Path:
         return self._logs / f"rank-{self._note.rank}.{kind}"
