@@ -58,12 +58,9 @@ def prepare(recipe: Recipe, world: World) -> Run:
     Raises UserError for whatever cannot work, and Stopped where a rank is signalled to stop. Of a dry run nothing is
     written.
     """
-    validate(recipe)
-    optim.table.check(recipe.optimizer.name, world.strategy)
-    check_installed(recipe.wandb)
+    check(recipe, world)
     run_dir = Path(recipe.run_dir)
     check_writable(run_dir)
-    check_layout(make_layout(recipe, world), world.strategy)
     make_deterministic(recipe)
     if recipe.data.workers:
         serve_workers()
@@ -102,6 +99,14 @@ def prepare(recipe: Recipe, world: World) -> Run:
     if world.is_main:
         keep_recipe(run_dir, recipe)
     return run
+
+
+def check(recipe: Recipe, world: World) -> None:
+    """Raises UserError for what the recipe and the launch alone show not to work."""
+    validate(recipe)
+    optim.table.check(recipe.optimizer.name, world.strategy)
+    check_installed(recipe.wandb)
+    check_layout(make_layout(recipe, world), world.strategy)
 
 
 def begin(run: Run, newest: Path | None) -> None:

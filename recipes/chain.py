@@ -2,15 +2,17 @@
 
 Command:  accelerate launch --config_file ds_configs/ddp_gpu8.yaml recipes/chain.py --model vittm_base
 Stages:   pretrain (recipes/pretrain_21k.py), then finetune (recipes/finetune_1k.py) from its averaged weights with new
-          heads. A finished stage is skipped when the command is run again, an interrupted one resumed.
+          heads, then export of the averaged weights in timm's layout. When the command is run again, a finished stage
+          is skipped, an interrupted one resumed.
 Data, hardware, time, top-1: as those two files say.
-Options:  --pretrain.FIELD and --finetune.FIELD override a stage's recipe; the runtime's device and processes are
-          pretrain's for the whole launch.
+Options:  --pretrain.FIELD, --finetune.FIELD and --export.FIELD override a stage's fields; the runtime's device and
+          processes are pretrain's for the whole launch.
 Debug:    --debug runs both debug forms, on any machine, in two minutes.
 """
 
 import dataclasses
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, field
 
 from pipeline import chain
 from pipeline.optim.table import describe
@@ -24,6 +26,7 @@ class Chain:
     finetune: Recipe
     run_dir: str
     """Where the stages' run directories lie."""
+    export: chain.Exporting = field(default_factory=chain.Exporting)
 
 
 def make(model: str, small: bool) -> Chain:
@@ -34,9 +37,14 @@ def make(model: str, small: bool) -> Chain:
 
 
 def stages(of: Chain) -> list[chain.Stage]:
-    return [chain.Stage("pretrain", of.pretrain), chain.Stage("finetune", of.finetune, start_from="pretrain")]
+    return [
+        chain.Train("pretrain", of.pretrain),
+        chain.Train("finetune", of.finetune, start_from="pretrain"),
+        chain.Export("export", start_from="finetune", options=of.export),
+    ]
 
 
 if __name__ == "__main__":
-    chosen = parse(make, pretrain_21k.MODELS, f"{__doc__}\n{describe()}")
-    chain.run(stages(chosen), chosen.run_dir, chosen.pretrain.runtime)
+    options, rest = chain.take_options(sys.argv[1:])
+    chosen = parse(make, pretrain_21k.MODELS, f"{__doc__}\n{chain.USAGE}\n{describe()}", rest)
+    chain.run(stages(chosen), chosen.run_dir, chosen.pretrain.runtime, options)

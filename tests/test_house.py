@@ -29,8 +29,8 @@ LAYERS = (  # of pipeline, low to high: a module imports lower ones, and none of
     {"evaluate", "record", "best", "divergence", "telemetry"},
     {"run", "watch"},
     {"prepare", "preflight", "launch"},
-    {"trainer", "predict", "report"},
-    {"chain", "export"},
+    {"trainer", "predict", "report", "export"},
+    {"chain"},
 )
 MAY_USE_EXTRAS = {"shards": ("data", "ray"), "pipeline": ("export", "wandb"), "tools": ("demo",)}
 TORCH = {"torch", "torchvision", "timm"}

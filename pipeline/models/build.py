@@ -49,9 +49,8 @@ def give_start(model: nn.Module, section: Model) -> str:
 
 def _summary(loaded: Loaded) -> str:
     resized = f"; resized: {_listed(loaded.resized)}" if loaded.resized else ""
-    return (
-        f"{len(loaded.loaded)} loaded{resized}; made new: {_listed(loaded.made_new)}; dropped: {_listed(loaded.dropped)}"
-    )
+    others = f"made new: {_listed(loaded.made_new)}; dropped: {_listed(loaded.dropped)}"
+    return f"{len(loaded.loaded)} loaded{resized}; {others}"
 
 
 def _listed(names: Sequence[str]) -> str:

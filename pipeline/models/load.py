@@ -75,7 +75,7 @@ def _load(model: nn.Module, wanted: Sequence[str], given: Mapping[str, Tensor]) 
 
 
 def _resized_tables(model: nn.Module, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The position tables of `given`, [1, N, D], that cover another square grid of patches than the model's, for its."""
+    """The position tables of `given`, [1, N, D], of another square grid of patches than the model's, for its grid."""
     tables = {name: own for name, own in model.state_dict().items() if name.rpartition(".")[2].endswith("pos_embed")}
     apart = 0 if getattr(model, "no_embed_class", True) else getattr(model, "num_prefix_tokens", 0)
     found = {}

@@ -2,7 +2,7 @@
 
 from pipeline.record.metrics import kept_metrics, last_evaluation, last_step, read_metrics
 from pipeline.record.outcome import EXIT_CODES, EXIT_USER_ERROR, OUTCOME, forget_outcome, read_outcome, write_outcome
-from pipeline.record.recipes import RECIPE, check_same_recipe, keep_recipe, read_recipe
+from pipeline.record.recipes import RECIPE, check_same_recipe, decisive_fields, keep_recipe, read_recipe
 from pipeline.record.record import Record
 from pipeline.record.run_dir import check_writable, code_version, weights_path
 
@@ -15,6 +15,7 @@ __all__ = [
     "check_same_recipe",
     "check_writable",
     "code_version",
+    "decisive_fields",
     "forget_outcome",
     "keep_recipe",
     "kept_metrics",
