@@ -7,7 +7,7 @@ from typing import ClassVar
 import pytest
 
 from pipeline import chain
-from pipeline.recipe import Model, Recipe
+from pipeline.recipe import Augment, Data, Model, Recipe, Schedule
 from pipeline.record import read_outcome, write_outcome
 from shards.errors import UserError
 
@@ -28,7 +28,7 @@ class Written:
     def directory(self):
         return self.name
 
-    def check(self, world):
+    def check(self, world, source):
         if "#" in self.text:
             raise UserError(f"text {self.text}: no # can be written")
 
@@ -96,6 +96,8 @@ def test_what_an_input_makes_stale_is_done_again_beside_the_old(do, tmp_path):
         "stage third: third: finished before, skipped",
     ]
     assert lines(tmp_path, "second", "second-2") == ["a\nb\n", "a\nnew\n"]
+    assert do(three())[2] == "stage second: second: finished before, skipped", "what was done is never done again"
+    assert do(three(b="new"))[2] == "stage second: second-2: finished before, skipped"
     said = do(three(a="other", b="new"))
     assert "first-2: begins again, first stays: its inputs changed: text: 'a' there, 'other' now" in said[1]
     assert "second-3: begins again, second-2 stays: its inputs changed: weights of first: " in said[2]
@@ -224,3 +226,19 @@ def test_graphs_that_make_no_sense():
             chain.check_graph(stages)
     with pytest.raises(UserError, match=r"stage 'b' starts from stage 'a', but its model\.start names x: only one can"):
         replace(second, recipe=Recipe(run_dir="b", model=Model(start="x")))
+
+
+def test_a_model_that_cannot_take_the_weights_is_found_before_they_are_made(do, shards, tmp_path):
+    small = Model(name="vittm_tiny", memory_ps=4, process_ps=8, embed_dim=24, depth=1, num_heads=3)
+    recipe = Recipe(
+        run_dir="a",
+        data=Data(path=str(shards), global_batch=8),
+        augment=Augment(image_size=16),
+        schedule=Schedule(length="1 steps", warmup="0 steps"),
+        model=small,
+    )
+    wider = replace(recipe, run_dir="b", model=replace(small, embed_dim=48))
+    with pytest.raises(UserError) as error:
+        do([chain.Train("a", recipe), chain.Train("b", wider, "a")])
+    assert "stage b cannot start from what stage a leaves: it is a checkpoint of another model: " in str(error.value)
+    assert not (tmp_path / "a").exists()

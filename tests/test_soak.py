@@ -61,8 +61,8 @@ def test_killed_in_each_stage_and_between_them(chain_options, tmp_path, launch_f
 
 
 def moments(draws: random.Random) -> list[int | str]:
-    """When a chain is killed: after so many lines of metrics (below 0 the first stage's), or as soon as a file is there:
-    a checkpoint's temporary one, or what is written between two stages."""
+    """When a chain is killed: after so many lines of metrics (below 0 the first stage's), or as soon as there is a
+    checkpoint's temporary directory, or a file that is written between two stages."""
     saving = [f"{stage}/checkpoints/step-{draws.choice([2, 4, 6]):08d}.tmp" for stage in ("pretrain", "finetune")]
     between = ["pretrain/outcome.json", "finetune/provenance.json", "finetune/outcome.json", "export/provenance.json"]
     return [-draws.randint(1, 7), draws.randint(1, 7), *saving, *between]

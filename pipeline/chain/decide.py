@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pipeline.chain.records import Book, read_book, read_provenance, sha256_of
 from pipeline.chain.stages import Stage, check_graph
@@ -51,10 +51,10 @@ def decide(stages: Sequence[Stage], root: Path, options: Options) -> Plan:
     decider = _Decider(root, options, book, _downstream(stages, options.again), pending)
     for stage in stages:
         decider.steps[stage.name] = decider.step(stage)
-    directories = {name: book.directories.get(name, ()) for name in decider.steps}
+    directories = {}
     for name, step in decider.steps.items():
-        if step.directory not in directories[name]:
-            directories[name] = (*directories[name], step.directory)
+        others = [directory for directory in book.directories.get(name, ()) if directory != step.directory]
+        directories[name] = (*others, step.directory)
     return Plan(decider.steps, Book(directories, options.again or book.again))
 
 
@@ -79,14 +79,18 @@ class _Decider:
             return Step("wait", directory, f"waits for {stage.start_from}")
         self._check_source(stage)
         kept, finished = read_provenance(self.root / directory), is_finished(self.root / directory)
-        if not finished and not stage.has_state(self.root / directory):
-            return Step("run", directory, "begins")
         asked = stage.name in self.anew
-        if asked and not self.pending:
+        begun = finished or stage.has_state(self.root / directory)
+        if asked and begun and not self.pending:
             return self._again(stage, f"--from {self.options.again}")
-        changed = differences(kept.get("inputs", {}), {**stage.inputs(), **self._handed(stage)})
-        if not changed:
-            return self._unchanged(stage, self.root / directory, kept) if finished else self._goes_on(stage)
+        inputs = {**stage.inputs(), **self._handed(stage)}
+        changed = differences(kept.get("inputs", {}), inputs)
+        if begun and not changed:
+            return self._unchanged(stage, directory) if finished else Step("resume", directory, "goes on")
+        if not asked and (earlier := self._earlier(stage, inputs)):
+            return self._unchanged(stage, earlier)
+        if not begun:
+            return Step("run", directory, "begins")
         if (finished and kept) or asked:
             return self._again(stage, "its inputs changed: " + "; ".join(changed))
         return Step("refuse", directory, _refusal(stage, self.root / directory, changed, bool(kept)))
@@ -100,24 +104,30 @@ class _Decider:
                 f"is not finished in {self.root / source.directory}: name it, too, or leave --only out"
             )
 
-    def _goes_on(self, stage: Stage) -> Step:
-        return Step("resume", self.book.current(stage), "goes on")
+    def _earlier(self, stage: Stage, inputs: Mapping[str, object]) -> str:
+        """The last directory in which the stage was finished with these inputs; "" where there is none."""
+        for directory in reversed(self.book.directories.get(stage.name, ())):
+            kept = read_provenance(self.root / directory)
+            if is_finished(self.root / directory) and kept and not differences(kept["inputs"], inputs):
+                return directory
+        return ""
 
     def _again(self, stage: Stage, why: str) -> Step:
         return Step("run", self.book.unused(stage, self.root), f"begins again, {self.book.current(stage)} stays: {why}")
 
-    def _unchanged(self, stage: Stage, directory: Path, kept: Mapping[str, Any]) -> Step:
+    def _unchanged(self, stage: Stage, directory: str) -> Step:
         """A finished stage is skipped if what it left is still there."""
+        path = self.root / directory
         lost = [
             name
-            for name, entry in kept["outputs"].items()
-            if not (directory / name).is_file() or (directory / name).stat().st_size != entry["size"]
+            for name, entry in read_provenance(path)["outputs"].items()
+            if not (path / name).is_file() or (path / name).stat().st_size != entry["size"]
         ]
         if lost:
             remedy = f"restore them, or give --from {stage.name} to do it again in a new directory"
-            reason = f"stage {stage.name}, finished in {directory}, has lost what it left: {', '.join(lost)}: {remedy}"
-            return Step("refuse", self.book.current(stage), reason)
-        return Step("skip", self.book.current(stage), "finished before, skipped")
+            reason = f"stage {stage.name}, finished in {path}, has lost what it left: {', '.join(lost)}: {remedy}"
+            return Step("refuse", directory, reason)
+        return Step("skip", directory, "finished before, skipped")
 
     def _handed(self, stage: Stage) -> dict[str, object]:
         """The hash of the weights that the stage starts from, where they are there already."""

@@ -11,10 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+import torch
+
 from pipeline.backend import World
 from pipeline.chain.records import sha256_of
 from pipeline.checkpoint import has_checkpoints
 from pipeline.export import Formats, Licences, find, write
+from pipeline.export.formats import check_onnx_installed
+from pipeline.models.build import make_model
+from pipeline.models.load import check_start
 from pipeline.prepare import check
 from pipeline.recipe import Recipe
 from pipeline.record import decisive_fields, weights_path, write_outcome
@@ -42,8 +47,9 @@ class Stage(Protocol):
     def directory(self) -> str: ...
     @property
     def dry_run(self) -> bool: ...
-    def check(self, world: World) -> None:
-        """Raises UserError for what can be seen not to work before anything begins."""
+    def check(self, world: World, source: "Stage | None") -> None:
+        """Raises UserError for what can be seen not to work before anything begins; `source`: the stage that this one
+        starts from, whose weights may be yet to come."""
         ...
 
     def inputs(self) -> dict[str, object]:
@@ -98,8 +104,12 @@ class Train:
     def dry_run(self) -> bool:
         return self.recipe.dry_run
 
-    def check(self, world: World) -> None:
+    def check(self, world: World, source: Stage | None) -> None:
         check(self.recipe, world)
+        if isinstance(source, Train):
+            with torch.device("meta"):
+                own, earlier = make_model(self.recipe, 1), make_model(source.recipe, 1)
+            check_start(own, earlier, f"stage {self.name} cannot start from what stage {source.name} leaves: it")
 
     def inputs(self) -> dict[str, object]:
         model, index = self.recipe.model, self._index()
@@ -173,8 +183,9 @@ class Export:
     def directory(self) -> str:
         return self.name
 
-    def check(self, world: World) -> None:
-        self._formats()
+    def check(self, world: World, source: Stage | None) -> None:
+        if self.options.onnx:
+            check_onnx_installed()
 
     def inputs(self) -> dict[str, object]:
         return {f"export.{name}": value for name, value in vars(self.options).items()}
@@ -202,12 +213,10 @@ class Export:
         directory.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(directory / self.OUT, ignore_errors=True)  # of an attempt that was killed before it was noted
         licences = Licences(options.licence, options.data_licence, options.start_licence)
-        differences = write(find(start), directory / self.OUT, self._formats(), licences)
+        formats = Formats(options.onnx, options.torch_export)
+        differences = write(find(start), directory / self.OUT, formats, licences)
         worst = max(differences.values())
         write_outcome(directory, "done", 0, f"wrote {', '.join(differences)}; logits within {worst:.1e} of the model's")
-
-    def _formats(self) -> Formats:
-        return Formats(self.options.onnx, self.options.torch_export)
 
 
 def hashes(index: Index, name: str) -> dict[str, Any]:

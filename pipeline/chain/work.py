@@ -19,10 +19,13 @@ def do_all(stages: Sequence[Stage], root: Path, options: Options, world: World) 
     Raises UserError, before any stage begins, for what cannot work in any of them.
     """
     dry = any(stage.dry_run for stage in stages)
-    plan = world.on_main(lambda: settle(stages, root, options, dry))
+    plan = world.on_main(lambda: settle(stages, root, options))
+    by_name = {stage.name: stage for stage in stages}
     for stage in stages:
         if plan.steps[stage.name].action in ("run", "resume"):
-            stage.check(world)
+            stage.check(world, by_name.get(stage.start_from))
+    if not dry:
+        world.on_main(lambda: write_book(root, stages, plan.book))
     chain = _Chain(stages, root, plan, world)
     outcome = chain.try_out() if dry else chain.work()
     if outcome == "done" and not dry:
@@ -30,13 +33,11 @@ def do_all(stages: Sequence[Stage], root: Path, options: Options, world: World) 
     return outcome
 
 
-def settle(stages: Sequence[Stage], root: Path, options: Options, dry: bool) -> Plan:
-    """What is to be done, noted before it begins. Raises UserError where a stage may not be gone on with."""
+def settle(stages: Sequence[Stage], root: Path, options: Options) -> Plan:
+    """What is to be done. Raises UserError where a stage may not be gone on with."""
     plan = decide(stages, root, options)
     if refused := [step.reason for step in plan.steps.values() if step.action == "refuse"]:
         raise UserError("\n".join(refused))
-    if not dry:
-        write_book(root, stages, plan.book)
     return plan
 
 

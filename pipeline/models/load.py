@@ -36,16 +36,37 @@ def load_start(model: nn.Module, path: str | Path, *, new_heads: bool) -> Loaded
     Raises UserError for a file that is missing, is not safetensors, or holds another model; nothing is loaded then.
     """
     stored = read_weights(path)
+    fitted = _fit(model, stored, str(path), new_heads)
+    loaded = _load(model, fitted.wanted, fitted.given | fitted.resized)
+    kept = tuple(name for name in loaded.loaded if name not in fitted.resized)
+    dropped, resized = sorted(stored.keys() - fitted.given), sorted(fitted.resized)
+    return replace(loaded, loaded=kept, dropped=tuple(dropped), resized=tuple(resized))
+
+
+def check_start(model: nn.Module, earlier: nn.Module, source: str) -> None:
+    """Raises UserError where `model` could not start, with new heads, from the weights of a model like `earlier`, which
+    the user knows as `source`. Both may be on the meta device."""
+    _fit(model, earlier.state_dict(), source, new_heads=True)
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """Names that a model wants of a file, what it gets as it is there, and `resized` what replaces some of that."""
+
+    wanted: list[str]
+    given: dict[str, Tensor]
+    resized: dict[str, Tensor]
+
+
+def _fit(model: nn.Module, stored: Mapping[str, Tensor], source: str, new_heads: bool) -> _Fitted:
     heads = _classifier_prefixes(model)
     fresh = heads if new_heads else ()
     wanted = [name for name in model.state_dict() if not name.startswith(fresh)]
     given = {name: tensor for name, tensor in stored.items() if not name.startswith(fresh)}
     resized = _resized_tables(model, given)
     if misfits := _misfits(model, wanted, given | resized):
-        raise UserError(_another_model(path, misfits, heads))
-    loaded = _load(model, wanted, given | resized)
-    kept = tuple(name for name in loaded.loaded if name not in resized)
-    return replace(loaded, loaded=kept, dropped=tuple(sorted(stored.keys() - given)), resized=tuple(sorted(resized)))
+        raise UserError(_another_model(source, misfits, heads))
+    return _Fitted(wanted, given, resized)
 
 
 def load_trunk(model: nn.Module, stored: Mapping[str, Tensor], source: str, *, flexi: bool) -> Loaded:
