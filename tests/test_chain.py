@@ -18,6 +18,7 @@ from pipeline.predict import load_run
 from pipeline.record import weights_path
 from shards.index import Index
 from shards.reader import Reader
+from tools import provenance
 
 CHAIN = "recipes/chain.py"
 
@@ -42,7 +43,9 @@ def test_killed_at_a_random_step_and_started_again(start, chain_options, tmp_pat
     assert (killed / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
 
 
-def test_finished_stages_are_skipped_and_changed_ones_done_again_beside_them(start, chain_options, tmp_path, shards):
+def test_finished_stages_are_skipped_and_changed_ones_done_again_beside_them(
+    start, chain_options, tmp_path, shards, capsys
+):
     root, run = tmp_path / "run", [*chain_options, "--run-dir", str(tmp_path / "run")]
     first = start(CHAIN, run).wait()
     assert first.codes == [0], first.outputs
@@ -69,11 +72,16 @@ def test_finished_stages_are_skipped_and_changed_ones_done_again_beside_them(sta
     assert "its inputs changed: augment.image_size: 16 there, 32 now" in changed.outputs[0]
     assert "loaded; resized: memory_pos_embed, process_pos_embed; made new: head.weight" in changed.outputs[0]
     assert {path: path.stat().st_mtime_ns for path in written} == written
-    provenance = json.loads((root / "export-2" / "provenance.json").read_text())
-    pretraining = provenance["start"]["made_by"]["start"]["made_by"]
-    assert provenance["start"]["made_by"]["directory"] == str(root / "finetune-2")
+    kept = json.loads((root / "export-2" / "provenance.json").read_text())
+    pretraining = kept["start"]["made_by"]["start"]["made_by"]
+    assert kept["start"]["made_by"]["directory"] == str(root / "finetune-2")
     hashes = {shard.name: shard.sha256 for shard in Index.load(shards).split("train").shards}
     assert pretraining["splits"]["train"]["shards"] == hashes
+    weights = root / "export-2" / "timm" / "model.safetensors"
+    assert provenance_of(weights, capsys)[-1] == "everything that is still there is as it was noted"
+    told = provenance_of(weights, capsys, "--shards")
+    assert [line.split(":")[0] for line in told if not line.startswith(" ")] == ["export", "finetune", "pretrain"]
+    assert all(f"    {name}: sha256 {value}" in told for name, value in hashes.items())
     others = shutil.copytree(shards, tmp_path / "others")
     manifest = json.loads((others / "index.json").read_text())
     manifest["classes"][0] = "renamed"
@@ -81,6 +89,11 @@ def test_finished_stages_are_skipped_and_changed_ones_done_again_beside_them(sta
     stale = start(CHAIN, [text.replace(str(shards), str(others)) for text in [*larger, "--list"]]).wait()
     assert stale.outputs[0].count("run ") == 3
     assert stale.outputs[0].count("data of train: ") == 2
+
+
+def provenance_of(path, capsys, *options):
+    assert provenance.main([str(path), *(options or ("--check",))]) == 0
+    return capsys.readouterr().out.splitlines()
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from pipeline import chain
 from pipeline.recipe import Augment, Data, Model, Recipe, Schedule
 from pipeline.record import read_outcome, write_outcome
 from shards.errors import UserError
+from tools import provenance
 
 
 @dataclass(frozen=True)
@@ -242,3 +243,12 @@ def test_a_model_that_cannot_take_the_weights_is_found_before_they_are_made(do, 
         do([chain.Train("a", recipe), chain.Train("b", wider, "a")])
     assert "stage b cannot start from what stage a leaves: it is a checkpoint of another model: " in str(error.value)
     assert not (tmp_path / "a").exists()
+
+
+def test_a_line_of_provenance_that_no_longer_holds(do, tmp_path, capsys):
+    do(three())
+    (tmp_path / "first" / "weights" / "line").write_text("y\n")
+    assert provenance.main([str(tmp_path / "second"), "--check"]) == 1
+    assert f"differs: {tmp_path}/first/weights/line: sha256 was " in capsys.readouterr().out
+    assert provenance.main([str(tmp_path)]) == 2
+    assert f"{tmp_path} has no provenance.json above it: only stages of a chain keep one" in capsys.readouterr().err
