@@ -121,8 +121,12 @@ def _scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def head_names(model: nn.Module) -> tuple[str, ...]:
-    """What a model calls its heads ("memory" and "process" of ViTTM), made to return all of them in evaluation."""
+    """What a model calls its heads, made to return all of them in evaluation."""
     if hasattr(model, "eval_head"):
         setattr(model, "eval_head", "both")  # noqa: B010 - nn.Module's own attributes are typed as tensors
-        return ("memory", "process")
-    return ("head",)
+    return names_of_heads(model)
+
+
+def names_of_heads(model: nn.Module) -> tuple[str, ...]:
+    """ "memory" and "process" of ViTTM, "head" of a model with one."""
+    return ("memory", "process") if hasattr(model, "eval_head") else ("head",)
