@@ -55,7 +55,6 @@ def _encoded(suffix: str, heads: dict[str, Tensor], rows: list[str]) -> bytes:
     if suffix == ".safetensors":
         return as_safetensors(heads, {"images": json.dumps(rows)})
     buffer = io.BytesIO()
-    np.savez(
-        buffer, allow_pickle=False, images=np.array(rows), **{name: found.numpy() for name, found in heads.items()}
-    )
+    arrays = {name: found.numpy() for name, found in heads.items()}
+    np.savez(buffer, images=np.array(rows), **arrays)
     return buffer.getvalue()
