@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,6 +56,6 @@ def _encoded(suffix: str, heads: dict[str, Tensor], rows: list[str]) -> bytes:
     if suffix == ".safetensors":
         return as_safetensors(heads, {"images": json.dumps(rows)})
     buffer = io.BytesIO()
-    arrays = {name: found.numpy() for name, found in heads.items()}
+    arrays: dict[str, Any] = {name: found.numpy() for name, found in heads.items()}
     np.savez(buffer, images=np.array(rows), **arrays)
     return buffer.getvalue()
