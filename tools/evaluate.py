@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         "--model",
         default="",
         metavar="NAME",
-        help="of timm's registry: CHECKPOINT is a safetensors file of its weights",
+        help="of timm's registry: CHECKPOINT is a file of its weights",
     )
     add("--classes", metavar="LIST", help="names of the checkpoint's classes: 1k, 21k-p, or a text file, one a line")
     add("--split", default="", metavar="NAME", help="of shards (default: the one that the run evaluated on, else val)")

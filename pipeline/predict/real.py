@@ -61,15 +61,13 @@ def read_real(path: Path, reader: MemberReader | FilesReader, asked: Checkpoint,
     if not num_samples:
         raise UserError(f"--real {path}: it has no label for any of the {num_left_out} images; leave it out")
     longest = max(1, max((len(row) for row in rows), default=1))
-    filled = [row + [_NO_LABEL] * (longest - len(row)) for row in rows]
-    return Real(torch.tensor(filled).view(-1, longest), start, num_samples, num_left_out)
+    filled = [row + [_NO_LABEL] * (longest - len(row)) for row in rows or [[]]]
+    return Real(torch.tensor(filled), start, num_samples, num_left_out)
 
 
 def _parse(path: Path) -> list[list[int]]:
     if not path.is_file():
-        raise UserError(
-            f"--real {path}: no such file; it is real.json of github.com/google-research/reassessed-imagenet"
-        )
+        raise UserError(f"--real {path}: no such file; real.json is in github.com/google-research/reassessed-imagenet")
     try:
         lists: Any = json.loads(path.read_bytes())
     except ValueError as error:
@@ -96,8 +94,8 @@ def _number(reader: MemberReader | FilesReader, sample: int) -> int:
         if found and 1 <= int(found[1]) <= NUM_IMAGES:
             return int(found[1])
     raise UserError(
-        f"--real: sample {sample}, {reader.key(sample)!a}, does not say which image of ImageNet-1k's validation split it "
-        "is: keys, or the json's filename, must hold names from ILSVRC2012_val_00000001 to ILSVRC2012_val_00050000"
+        f"--real: sample {sample}, {reader.key(sample)!a}, does not say which image of ImageNet-1k's validation split "
+        "it is: keys, or the json's filename, must hold names from ILSVRC2012_val_00000001 to ILSVRC2012_val_00050000"
     )
 
 
