@@ -53,7 +53,7 @@ def features(checkpoint: str | Path | Checkpoint, images: Sequence[Picture]) -> 
 def answers(asked: Checkpoint, images: Tensor, top_k: int = 1) -> list[Answer]:
     """`predict` of each of the images uint8 [B, 3, S, S]."""
     check_classifier(asked)
-    with torch.inference_mode():
+    with torch.no_grad():
         logits = heads_of(asked.model(asked.view.normalise(images)))[0]
     scores, labels = logits.float().softmax(dim=1).topk(min(top_k, asked.num_classes), dim=1)
     found = []
@@ -66,7 +66,7 @@ def answers(asked: Checkpoint, images: Tensor, top_k: int = 1) -> list[Answer]:
 def pooled(asked: Checkpoint, images: Tensor) -> dict[str, Tensor]:
     """`features` of the images uint8 [B, 3, S, S]."""
     model: Any = asked.model
-    with torch.inference_mode():
+    with torch.no_grad():
         tokens = heads_of(model.forward_features(asked.view.normalise(images)))
         found = heads_of(model.forward_head(*tokens, pre_logits=True))
     return dict(zip(names_of_heads(model), found, strict=True))
