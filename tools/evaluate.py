@@ -15,8 +15,9 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -93,8 +94,9 @@ def _evaluate(options: argparse.Namespace, world: World) -> str:
     asked = next(iter(variants.values()))
     store = StoreOptions(options.remote, options.cache, options.cache_size)
     images = open_images(options.data, options.split, asked, store)
-    with Progress("evaluating", -(-len(images.reader) // world.size)) if world.is_main else nullcontext() as shown:
-        scores = evaluate(variants, images, _settings(options, asked), world, lambda batches: _watched(batches, shown))
+    total = -(-len(images.reader) // world.size)
+    progress = partial(Progress, "evaluating", total) if world.is_main else nullcontext
+    scores = evaluate(variants, images, _settings(options, asked), world, lambda batches: _watched(batches, progress))
     if scores is None:
         return "requeue"
     if world.is_main:
@@ -108,11 +110,12 @@ def _settings(options: argparse.Namespace, asked: Checkpoint) -> Settings:
     return dataclasses.replace(defaults, **{name: value for name, value in given.items() if value is not None})
 
 
-def _watched(batches: Iterable[Batch], progress: Progress | None) -> Iterator[Batch]:
-    for batch in batches:
-        yield batch
-        if progress:
-            progress.advance(int((batch.ids != PADDING).sum()))
+def _watched(batches: Iterable[Batch], progress: Callable[[], AbstractContextManager]) -> Iterator[Batch]:
+    with progress() as shown:
+        for batch in batches:
+            yield batch
+            if shown:
+                shown.advance(int((batch.ids != PADDING).sum()))
 
 
 def _print(options: argparse.Namespace, where: str, variants: Mapping[str, Checkpoint], scores: Scores) -> None:
