@@ -31,7 +31,7 @@ from pipeline.loss import SummedOverHeads
 from pipeline.models.build import give_start, make_model
 from pipeline.optim import WarmupCosine
 from pipeline.recipe import Recipe, flatten
-from pipeline.record import Record, check_same_recipe, check_writable, keep_recipe, kept_metrics
+from pipeline.record import Record, check_same_recipe, check_writable, keep_classes, keep_recipe, kept_metrics
 from pipeline.run import Durations, Input, Learner, Run, Telemetry
 from pipeline.telemetry.figures import Figures
 from pipeline.telemetry.flops import forward_flops, peak_flops
@@ -98,6 +98,7 @@ def prepare(recipe: Recipe, world: World) -> Run:
     record.trackers += open_trackers(recipe.wandb, run_dir, flatten(recipe), world)
     if world.is_main:
         keep_recipe(run_dir, recipe)
+        keep_classes(run_dir, index.classes)
     return run
 
 

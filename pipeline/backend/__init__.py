@@ -6,8 +6,8 @@ from collections.abc import Callable
 from torch import nn
 from torch.optim import Optimizer
 
-from pipeline.backend.base import Backend, Criterion, Mixed, StepOptions, Stepped
-from pipeline.backend.layers import prepare_layers
+from pipeline.backend.base import Backend, Criterion, Mixed, StepOptions, Stepped, autocast
+from pipeline.backend.layers import cast_inputs, prepare_layers
 from pipeline.backend.place import Place
 from pipeline.backend.stop import STOP_SIGNALS, StopFlag, Stopped
 from pipeline.backend.toolchain import check_toolchain
@@ -26,6 +26,8 @@ __all__ = [
     "StopFlag",
     "Stopped",
     "World",
+    "autocast",
+    "cast_inputs",
     "start",
     "wrap",
 ]
