@@ -2,10 +2,11 @@
 
 Command:  accelerate launch --config_file ds_configs/ddp_gpu8.yaml recipes/chain.py --model vittm_base
 Stages:   pretrain (recipes/pretrain_21k.py), then finetune (recipes/finetune_1k.py) from its averaged weights with new
-          heads, then export of the averaged weights in timm's layout. When the command is run again, a finished stage
-          is skipped, an interrupted one resumed.
+          heads, then evaluate (of the averaged weights, on finetune's validation data or --evaluate.data) and export
+          (of the same, in timm's layout). When the command is run again, a finished stage is skipped, an interrupted
+          one resumed.
 Data, hardware, time, top-1: as those two files say.
-Options:  --pretrain.FIELD, --finetune.FIELD and --export.FIELD override a stage's fields; the runtime's device and
+Options:  --STAGE.FIELD overrides a stage's field (--evaluate.data, --export.onnx); the runtime's device and
           processes are pretrain's for the whole launch.
 Debug:    --debug runs both debug forms, on any machine, in two minutes.
 """
@@ -26,6 +27,7 @@ class Chain:
     finetune: Recipe
     run_dir: str
     """Where the stages' run directories lie."""
+    evaluate: chain.Evaluating = field(default_factory=chain.Evaluating)
     export: chain.Exporting = field(default_factory=chain.Exporting)
 
 
@@ -40,8 +42,14 @@ def stages(of: Chain) -> list[chain.Stage]:
     return [
         chain.Train("pretrain", of.pretrain),
         chain.Train("finetune", of.finetune, start_from="pretrain"),
+        chain.Evaluate("evaluate", start_from="finetune", options=_on(of.finetune, of.evaluate)),
         chain.Export("export", start_from="finetune", options=of.export),
     ]
+
+
+def _on(recipe: Recipe, asked: chain.Evaluating) -> chain.Evaluating:
+    """What is asked for, by default on the recipe's own validation data."""
+    return asked if asked.data else dataclasses.replace(asked, data=recipe.data.path, split=recipe.data.val)
 
 
 if __name__ == "__main__":

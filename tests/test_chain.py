@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from pipeline.augment.device import normalise
 from pipeline.augment.exact import EvalTransform
 from pipeline.predict import load_run
-from pipeline.record import weights_path
+from pipeline.record import last_evaluation, weights_path
 from shards.index import Index
 from shards.reader import Reader
 from tools import provenance
@@ -53,17 +53,18 @@ def test_finished_stages_are_skipped_and_changed_ones_done_again_beside_them(
         "made new: head.weight, head.bias, process_head.weight, process_head.bias; dropped: head." in first.outputs[0]
     )
     outcome = json.loads((root / "outcome.json").read_text())
-    assert outcome == {"outcome": "done", "step": 3, "reason": "every stage is finished"}
+    assert outcome == {"outcome": "done", "step": 4, "reason": "every stage is finished"}
     written = {path: path.stat().st_mtime_ns for path in root.glob("*/weights/*")}
     again = start(CHAIN, run).wait()
     assert again.codes == [0]
-    assert again.outputs[0].count("finished before, skipped") == 3
+    assert again.outputs[0].count("finished before, skipped") == 4
     larger = [*run, "--finetune.augment.image-size", "32"]
     listed = start(CHAIN, [*larger, "--list"]).wait()
     assert listed.codes == [0]
     assert [line.split()[:2] for line in listed.outputs[0].splitlines()[::2]] == [
         ["skip", "pretrain"],
         ["run", "finetune"],
+        ["run", "evaluate"],
         ["run", "export"],
     ]
     assert not (root / "finetune-2").exists()
@@ -72,6 +73,11 @@ def test_finished_stages_are_skipped_and_changed_ones_done_again_beside_them(
     assert "its inputs changed: augment.image_size: 16 there, 32 now" in changed.outputs[0]
     assert "loaded; resized: memory_pos_embed, process_pos_embed; made new: head.weight" in changed.outputs[0]
     assert {path: path.stat().st_mtime_ns for path in written} == written
+    evaluated = json.loads((root / "evaluate-2" / "evaluation.json").read_text())
+    recorded = last_evaluation(root / "finetune-2")
+    figures = {f"ema_{name}": value for name, value in evaluated.items() if name.startswith(("memory", "process"))}
+    assert len(figures) == 6
+    assert figures == {name: recorded[name] for name in figures}
     kept = json.loads((root / "export-2" / "provenance.json").read_text())
     pretraining = kept["start"]["made_by"]["start"]["made_by"]
     assert kept["start"]["made_by"]["directory"] == str(root / "finetune-2")
@@ -87,7 +93,7 @@ def test_finished_stages_are_skipped_and_changed_ones_done_again_beside_them(
     manifest["classes"][0] = "renamed"
     (others / "index.json").write_text(json.dumps(manifest))
     stale = start(CHAIN, [text.replace(str(shards), str(others)) for text in [*larger, "--list"]]).wait()
-    assert stale.outputs[0].count("run ") == 3
+    assert stale.outputs[0].count("run ") == 4
     assert stale.outputs[0].count("data of train: ") == 2
 
 

@@ -6,7 +6,23 @@ Stages share the process group; each builds a backend of its own. Weights are ha
 
 from pipeline.chain.command import USAGE, run, take_options
 from pipeline.chain.decide import Options
-from pipeline.chain.stages import Export, Exporting, Stage, Train, check_graph
+from pipeline.chain.evaluate import Evaluate, Evaluating
+from pipeline.chain.export import Export, Exporting
+from pipeline.chain.stage import Stage, check_graph
+from pipeline.chain.train import Train
 from pipeline.chain.work import do_all
 
-__all__ = ["USAGE", "Export", "Exporting", "Options", "Stage", "Train", "check_graph", "do_all", "run", "take_options"]
+__all__ = [
+    "USAGE",
+    "Evaluate",
+    "Evaluating",
+    "Export",
+    "Exporting",
+    "Options",
+    "Stage",
+    "Train",
+    "check_graph",
+    "do_all",
+    "run",
+    "take_options",
+]

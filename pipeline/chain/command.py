@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from pipeline.chain.decide import Options, Plan, decide
-from pipeline.chain.stages import Stage
+from pipeline.chain.stage import Stage
 from pipeline.chain.work import do_all
 from pipeline.launch import launch
 from pipeline.recipe import Runtime

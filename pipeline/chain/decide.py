@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.chain.records import Book, read_book, read_provenance, sha256_of
-from pipeline.chain.stages import Stage, check_graph
+from pipeline.chain.stage import Stage, check_graph
 from pipeline.record import read_outcome
 from shards.errors import UserError
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from pipeline.backend import World
 from pipeline.chain.decide import HANDED, Options, Plan, Step, check_output, decide
 from pipeline.chain.records import describe_files, read_provenance, write_book, write_provenance
-from pipeline.chain.stages import Stage
+from pipeline.chain.stage import Stage
 from pipeline.record import write_outcome
 from shards.errors import UserError
 
