@@ -31,6 +31,7 @@ from pipeline.predict.find import check_device, load_variants
 from pipeline.recipe import Runtime
 from shards.classes import load_classes
 from shards.errors import UserError
+from shards.plan import evaluation_share
 from shards.progress import Progress
 from shards.store import StoreOptions
 
@@ -89,13 +90,13 @@ def _evaluate(options: argparse.Namespace, world: World) -> str:
     """The outcome; rank 0 prints the scores."""
     if options.workers:
         serve_workers()
-    classes = load_classes(options.classes) if options.classes else None
+    classes = None if options.classes is None else load_classes(options.classes)
     variants = load_variants(options.checkpoint, options.model, classes)
     asked = next(iter(variants.values()))
     store = StoreOptions(options.remote, options.cache, options.cache_size)
     images = open_images(options.data, options.split, asked, store)
-    total = -(-len(images.reader) // world.size)
-    progress = partial(Progress, "evaluating", total) if world.is_main else nullcontext
+    start, stop = evaluation_share(len(images.reader), world.rank, world.size)
+    progress = partial(Progress, "evaluating", stop - start) if world.is_main else nullcontext
     scores = evaluate(variants, images, _settings(options, asked), world, lambda batches: _watched(batches, progress))
     if scores is None:
         return "requeue"

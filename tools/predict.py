@@ -87,7 +87,8 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> int:
     _check(options)
     files = _files(options.images)
-    asked = load_checkpoint(options.checkpoint, options.model, options.classes and load_classes(options.classes))
+    classes = None if options.classes is None else load_classes(options.classes)
+    asked = load_checkpoint(options.checkpoint, options.model, classes)
     loading = _loading(options, len(files))
     asked.model.to(loading.device)
     if not options.features:
@@ -165,7 +166,7 @@ def _json_line(path: str, answer: Answer | BadSample) -> str:
 def _table_rows(path: str, answer: Answer) -> str:
     """A row a class: the probability, its name, and in the first the image."""
     rows = [_row(found) for found in answer.get("top", [answer])]
-    return "\n".join([f"{rows[0]}  {_line(path)}", *rows[1:]])
+    return "\n".join([f"{rows[0]}  {_line(path)}", *(row.rstrip() for row in rows[1:])])
 
 
 def _row(answer: Answer) -> str:

@@ -152,8 +152,10 @@ class _Whole:
     def using(self, prefix: str) -> Iterator[None]:
         """Within, the module is that variant."""
         kept, self.module = self.module, self._models[prefix]
-        yield
-        self.module = kept
+        try:
+            yield
+        finally:
+            self.module = kept
 
 
 def _made(model: nn.Module, device: torch.device, precision: str) -> nn.Module:
