@@ -11,7 +11,7 @@ import pytest
 import ranks
 from torch.utils import cpp_extension
 
-from pipeline.backend.toolchain import LONGEST_BUILD, LONGEST_LINK, build_kernel, building_alone
+from pipeline.backend.toolchain import LONGEST_BUILD, LONGEST_LINK, build_kernel, building_alone, remove_cut_libraries
 
 
 def hold(directory: Path, entered: Path, let_go: Path) -> None:
