@@ -1,7 +1,9 @@
 """tools/evaluate.py: the trainer's own figures of a finished run, on shards and class folders, any world; ReaL."""
 
+import io
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from shards.sources.folders import ClassFolders
 from shards.store import StoreOptions
 from shards.writing.options import WriteOptions
 from shards.writing.writer import write
+from tools import make_shards
 
 TOOL = "tools/evaluate.py"
 TIMM = "test_vit"
@@ -247,6 +250,22 @@ def test_real(constant, validation, alone, tmp_path):
     assert scores_of(turned, validation / "shards", alone, real=real).values["head_real_top1"] == 0
     real = real_json(tmp_path / "turned.json", labels | {9: [999 - ANSWER]})
     assert scores_of(turned, validation / "shards", alone, real=real).values["head_real_top1"] == 1 / 6
+
+
+def test_real_finds_the_name_in_the_json_of_shards_that_others_wrote(constant, validation, alone, tmp_path):
+    image = next(validation.glob("folders/*/ILSVRC2012_val_00000001.JPEG")).read_bytes()
+    (tmp_path / "data").mkdir()
+    with tarfile.open(tmp_path / "data" / "val-000000.tar", "w") as tar:
+        for number in (1, 2):
+            meta = json.dumps({"filename": f"val/ILSVRC2012_val_{number:08d}.JPEG"}).encode()
+            for field, data in (("jpg", image), ("cls", b"3"), ("json", meta)):
+                member = tarfile.TarInfo(f"{number:06d}.{field}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    assert make_shards.main(["index", str(tmp_path / "data"), "--classes", "1k", "--workers", "1"]) == 0
+    real = real_json(tmp_path / "real.json", {1: [ANSWER], 2: [3]})
+    found = scores_of(load_checkpoint(constant(1000), TIMM), tmp_path / "data", alone, real=real)
+    assert (found.values["head_real_top1"], found.values["head_top1"]) == (1 / 2, 0)
 
 
 def test_real_counts_an_unreadable_image_as_wrong(constant, validation, alone, tmp_path):
