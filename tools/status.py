@@ -13,7 +13,6 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from pipeline.status import (
     read_facts,
     state_of,
 )
+from pipeline.status.words import clock, duration
 from shards.errors import UserError
 
 Entry = dict[str, Any]
@@ -124,19 +124,7 @@ def _speed(entry: Entry) -> str:
 
 
 def _eta(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    return f"{duration(seconds)}, {datetime.fromtimestamp(time.time() + seconds, UTC):%Y-%m-%d %H:%M} UTC"
-
-
-def duration(seconds: float) -> str:
-    """In the two largest units: 2 d 3 h."""
-    parts = []
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
-        number, seconds = divmod(max(0, int(seconds)), size)
-        parts.append((number, unit))
-    first = next((place for place, (number, _) in enumerate(parts) if number), len(parts) - 1)
-    return " ".join(f"{number} {unit}" for number, unit in parts[first : first + 2])
+    return "" if seconds is None else f"{duration(seconds)}, {clock(time.time() + seconds)}"
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pipeline.status.files import modified, read_object, read_objects
 CHECKPOINTS, COMMITTED = "checkpoints", "COMMITTED"  # as pipeline.checkpoint names them, which imports torch
 QUARANTINE, SKIPPED = "quarantine.jsonl", "skipped.jsonl"  # likewise
 EVALUATION = "evaluation.json"
+MAX_STEPS = 2**53  # floats count so far
 
 Line = dict[str, Any]
 
@@ -49,7 +50,7 @@ class Facts:
 
 def read_facts(path: Path) -> Facts:
     """Of a run directory; also of one that is not there."""
-    lines = [line for line in read_objects(path / METRICS) if isinstance(line.get("step"), int)]
+    lines = [line for line in read_objects(path / METRICS) if _is_step(line.get("step"))]
     logs = path / LOGS if (path / LOGS).is_dir() else path.parent / LOGS  # a chain keeps those of its stages
     written = [path / METRICS, path / ATTEMPTS, path / RECIPE, path / OUTCOME, logs / "rank-0.log"]
     commit = _newest(path / CHECKPOINTS)
@@ -67,6 +68,10 @@ def read_facts(path: Path) -> Facts:
         logs=logs,
         modified=max([*map(modified, written), commit.time if commit else 0.0]),
     )
+
+
+def _is_step(value: object) -> bool:
+    return isinstance(value, int) and 0 <= value < MAX_STEPS
 
 
 def _newest(checkpoints: Path) -> Commit | None:

@@ -1,7 +1,7 @@
 """Files read as they are found: those of a run that goes on, or was killed, may be missing or torn."""
 
 import json
-import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ def read_objects(path: Path) -> list[dict[str, Any]]:
 
 def number(value: object) -> float | None:
     """The value, where it is a finite number."""
-    found = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return value if found else None  # type: ignore[return-value]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if abs(value) <= sys.float_info.max else None
 
 
 def modified(path: Path) -> float:

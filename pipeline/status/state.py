@@ -5,13 +5,13 @@ import subprocess
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 from pipeline.record import LOGS, OUTCOME
 from pipeline.status.facts import Facts, read_facts
 from pipeline.status.files import modified, number, read_object
 from pipeline.status.stages import Chain
+from pipeline.status.words import clock
 from pipeline.status.writer import Writer, boot_time, last_attempt, lives
 
 STATES = ("done", "running", "requeue", "error", "dead", "waiting")
@@ -94,7 +94,7 @@ def _killed(logs: Path, writer: Writer | None, silent: float) -> str:
     if lives(writer) is None:
         return f"{last}, from {writer.host}: the processes, that machine or the way there is gone"
     if boot_time() > writer.since:
-        return f"{writer.host} was started again at {_clock(boot_time())}; {last}"
+        return f"{writer.host} was started again at {clock(boot_time())}; {last}"
     if line := out_of_memory(_kernel_log(), _pids(logs)):
         return f"memory ran out: {line}"
     return (
@@ -125,7 +125,3 @@ def _pids(logs: Path) -> list[int]:
 def _tail(log: Path) -> str:
     _, text = last_attempt(log)
     return (text.rstrip().splitlines() or [""])[-1][:MAX_WORDS]
-
-
-def _clock(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
