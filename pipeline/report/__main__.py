@@ -45,8 +45,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(paths: Sequence[Path]) -> None:
     for path in paths:
-        _, runs = find_runs([path])
-        if not any(facts.begun or facts.outcome for facts in map(read_facts, runs)):
+        chains, runs = find_runs([path])
+        if not chains and not any(facts.begun or facts.outcome for facts in map(read_facts, runs)):
             raise UserError(f"{path} is no run: give a directory that a recipe wrote as its --run-dir, or a chain's")
 
 

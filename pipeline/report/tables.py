@@ -107,7 +107,7 @@ def _scores(runs: Sequence[Facts], name: str, title: str) -> Row:
     values = [number((facts.evaluations[-1] if facts.evaluations else facts.evaluation).get(name)) for facts in runs]
     known = [value for value in values if value is not None]
     cells = tuple(NOTHING if value is None else f"{value:.2%}" for value in values)
-    data = {(facts.recipe.get("data.path"), facts.recipe.get("data.val")) for facts in runs}
+    data = {tuple(text_of(facts.recipe.get(name)) for name in ("data.path", "data.val")) for facts in runs}
     comparable = len(known) > 1 and len(data) == 1 and min(known) < max(known)
     best = values.index(max(known)) if comparable else None
     return Row(title, cells, best)
