@@ -3,14 +3,12 @@
 Importing this brings no torch, so that tools that only read are quick: `Record`, which writes, is in its own module.
 """
 
-from pipeline.record.attempts import ATTEMPTS
 from pipeline.record.metrics import METRICS, kept_metrics, last_evaluation, last_step, read_metrics
 from pipeline.record.outcome import EXIT_CODES, EXIT_USER_ERROR, OUTCOME, forget_outcome, read_outcome, write_outcome
 from pipeline.record.recipes import RECIPE, check_same_recipe, keep_recipe, read_recipe
 from pipeline.record.run_dir import LOGS, check_writable, code_version, weights_path
 
 __all__ = [
-    "ATTEMPTS",
     "EXIT_CODES",
     "EXIT_USER_ERROR",
     "LOGS",

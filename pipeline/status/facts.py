@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.record import ATTEMPTS, LOGS, METRICS, OUTCOME, RECIPE
+from pipeline.record import LOGS, METRICS, OUTCOME, RECIPE
 from pipeline.status.files import modified, read_object, read_objects
 
-CHECKPOINTS, COMMITTED = "checkpoints", "COMMITTED"  # as pipeline.checkpoint names them, which imports torch
-QUARANTINE, SKIPPED = "quarantine.jsonl", "skipped.jsonl"  # likewise
+# As the modules that write them name them, which import torch.
+ATTEMPTS, QUARANTINE, SKIPPED = "attempts.jsonl", "quarantine.jsonl", "skipped.jsonl"
+CHECKPOINTS, COMMITTED = "checkpoints", "COMMITTED"
 EVALUATION = "evaluation.json"
 MAX_STEPS = 2**53  # floats count so far
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.record import ATTEMPTS, LOGS, METRICS, OUTCOME, RECIPE
+from pipeline.record import LOGS, METRICS, OUTCOME, RECIPE
+from pipeline.status.facts import ATTEMPTS
 from pipeline.status.files import modified, number, read_object, read_objects
 
 CHAIN = "chain.json"
