@@ -31,7 +31,8 @@ from pipeline.loss import SummedOverHeads
 from pipeline.models.build import give_start, make_model
 from pipeline.optim import WarmupCosine
 from pipeline.recipe import Recipe, flatten
-from pipeline.record import Record, check_same_recipe, check_writable, keep_classes, keep_recipe, kept_metrics
+from pipeline.record import check_same_recipe, check_writable, keep_classes, keep_recipe, kept_metrics
+from pipeline.record.record import Record
 from pipeline.run import Durations, Input, Learner, Run, Telemetry
 from pipeline.telemetry.figures import Figures
 from pipeline.telemetry.flops import forward_flops, peak_flops

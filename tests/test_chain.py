@@ -73,6 +73,8 @@ def test_finished_stages_are_skipped_and_changed_ones_done_again_beside_them(
     assert "its inputs changed: augment.image_size: 16 there, 32 now" in changed.outputs[0]
     assert "loaded; resized: memory_pos_embed, process_pos_embed; made new: head.weight" in changed.outputs[0]
     assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert f"the page about it: {root}/report.html" in changed.outputs[0]
+    assert "finetune-2" in (root / "report.html").read_text()
     evaluated = json.loads((root / "evaluate-2" / "evaluation.json").read_text())
     recorded = last_evaluation(root / "finetune-2")
     figures = {f"ema_{name}": value for name, value in evaluated.items() if name.startswith(("memory", "process"))}

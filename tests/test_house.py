@@ -27,7 +27,7 @@ LAYERS = (  # of pipeline, low to high: a module imports lower ones, and none of
     {"validate", "augment", "models", "optim", "checkpoint", "backend", "ema", "loss"},
     {"data", "footprint"},
     {"evaluate", "record", "best", "divergence", "telemetry"},
-    {"run", "watch"},
+    {"run", "watch", "status"},
     {"prepare", "preflight", "launch"},
     {"trainer", "predict", "report", "export"},
     {"chain"},

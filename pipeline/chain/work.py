@@ -4,12 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pipeline import report
 from pipeline.backend import World
 from pipeline.chain.decide import HANDED, Options, Plan, Step, check_output, decide
 from pipeline.chain.records import describe_files, read_provenance, write_book, write_provenance
 from pipeline.chain.stage import Stage
 from pipeline.record import write_outcome
 from shards.errors import UserError
+
+PAGE = "report.html"
 
 
 def do_all(stages: Sequence[Stage], root: Path, options: Options, world: World) -> str:
@@ -30,7 +33,16 @@ def do_all(stages: Sequence[Stage], root: Path, options: Options, world: World) 
     outcome = chain.try_out() if dry else chain.work()
     if outcome == "done" and not dry:
         world.on_main(lambda: write_book(root, stages, replace(plan.book, again="")))
+        world.on_main(lambda: write_page(root))
     return outcome
+
+
+def write_page(root: Path) -> None:
+    """The page about the chain. It is no reason to fail that a finished chain has none."""
+    try:
+        print(f"the page about it: {report.write([root], root / PAGE)}", flush=True)
+    except (OSError, UserError) as error:
+        print(f"no page about it was written: {error}", flush=True)
 
 
 def settle(stages: Sequence[Stage], root: Path, options: Options) -> Plan:
