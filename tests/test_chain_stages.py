@@ -62,11 +62,12 @@ class Written:
 
 @pytest.fixture
 def do(alone, tmp_path, capsys):
-    """do(stages, **options): what the chain in `tmp_path` says."""
+    """do(stages, **options): what the chain in `tmp_path` says, but for the line about its page."""
 
     def run(stages, again="", only=()):
         outcome = chain.do_all(stages, tmp_path, chain.Options(again, only), alone)
-        return [outcome, *capsys.readouterr().out.replace(f"{tmp_path}/", "").splitlines()]
+        said = capsys.readouterr().out.replace(f"{tmp_path}/", "").splitlines()
+        return [outcome, *(line for line in said if not line.startswith("the page about it"))]
 
     return run
 

@@ -29,7 +29,8 @@ LAYERS = (  # of pipeline, low to high: a module imports lower ones, and none of
     {"evaluate", "record", "best", "divergence", "telemetry"},
     {"run", "watch", "status"},
     {"prepare", "preflight", "launch"},
-    {"trainer", "predict", "report", "export"},
+    {"trainer", "predict", "export"},
+    {"report"},
     {"chain"},
 )
 MAY_USE_EXTRAS = {"shards": ("data", "ray"), "pipeline": ("export", "wandb"), "tools": ("demo",)}

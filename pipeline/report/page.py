@@ -126,7 +126,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters |= {"large": large}
+    found.filters |= {"text": tables.text_of}
     return found
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -104,13 +105,23 @@ def _field(runs: Sequence[Facts], name: str) -> Row:
 
 
 def _scores(runs: Sequence[Facts], name: str, title: str) -> Row:
-    values = [number((facts.evaluations[-1] if facts.evaluations else facts.evaluation).get(name)) for facts in runs]
+    values = [number(_last_scores(facts).get(name)) for facts in runs]
     known = [value for value in values if value is not None]
     cells = tuple(NOTHING if value is None else f"{value:.2%}" for value in values)
     data = {tuple(text_of(facts.recipe.get(name)) for name in ("data.path", "data.val")) for facts in runs}
     comparable = len(known) > 1 and len(data) == 1 and min(known) < max(known)
     best = values.index(max(known)) if comparable else None
     return Row(title, cells, best)
+
+
+def _last_scores(facts: Facts) -> dict[str, Any]:
+    """Of a stage that evaluates one file of weights, by whether these are averaged."""
+    if facts.evaluations:
+        return facts.evaluations[-1]
+    averaged = Path(str(facts.evaluation.get("weights", ""))).stem in ("ema", "best_ema")
+    if not averaged or any(name.startswith("ema_") for name in facts.evaluation):
+        return facts.evaluation
+    return {f"ema_{name}": value for name, value in facts.evaluation.items()}
 
 
 def _steps(facts: Facts) -> str:

@@ -9,7 +9,7 @@ from pipeline.status.files import modified, read_object, read_objects
 
 # As the modules that write them name them, which import torch.
 ATTEMPTS, QUARANTINE, SKIPPED = "attempts.jsonl", "quarantine.jsonl", "skipped.jsonl"
-CHECKPOINTS, COMMITTED = "checkpoints", "COMMITTED"
+CHECKPOINTS, COMMITTED, PROVENANCE = "checkpoints", "COMMITTED", "provenance.json"
 EVALUATION = "evaluation.json"
 MAX_STEPS = 2**53  # floats count so far
 
@@ -46,14 +46,17 @@ class Facts:
 
     @property
     def begun(self) -> bool:
-        return bool(self.recipe or self.attempts or self.steps or self.commit or (self.path / LOGS).is_dir())
+        """A stage of a chain that does not train notes at first what goes into it."""
+        noted = (self.path / LOGS).is_dir() or (self.path / PROVENANCE).is_file()
+        return bool(self.recipe or self.attempts or self.steps or self.commit or noted)
 
 
 def read_facts(path: Path) -> Facts:
     """Of a run directory; also of one that is not there."""
     lines = [line for line in read_objects(path / METRICS) if _is_step(line.get("step"))]
     logs = path / LOGS if (path / LOGS).is_dir() else path.parent / LOGS  # a chain keeps those of its stages
-    written = [path / METRICS, path / ATTEMPTS, path / RECIPE, path / OUTCOME, logs / "rank-0.log"]
+    names = (METRICS, ATTEMPTS, RECIPE, OUTCOME, PROVENANCE)
+    written = [*(path / name for name in names), logs / "rank-0.log"]
     commit = _newest(path / CHECKPOINTS)
     return Facts(
         path=path,
