@@ -198,9 +198,9 @@ def make_shuffle(recipe: Recipe, index: Index) -> Shuffle:
 
 def make_schedule(recipe: Recipe, batches_per_epoch: int) -> tuple[WarmupCosine, Durations]:
     """Raises UserError where the warm-up does not end before the training does."""
-    section = recipe.schedule
-    total = num_steps(section.length, batches_per_epoch)
-    warmup = num_steps(section.warmup, batches_per_epoch, total)
+    section, global_batch = recipe.schedule, recipe.data.global_batch
+    total = num_steps(section.length, batches_per_epoch, global_batch)
+    warmup = num_steps(section.warmup, batches_per_epoch, global_batch, total)
     if total < 1 or warmup >= total:
         raise UserError(
             f"schedule.warmup '{section.warmup}' is {warmup} steps, but schedule.length '{section.length}' is only "
@@ -209,7 +209,7 @@ def make_schedule(recipe: Recipe, batches_per_epoch: int) -> tuple[WarmupCosine,
         )
 
     def steps(duration: str) -> int:
-        return max(1, num_steps(duration, batches_per_epoch, total))
+        return max(1, num_steps(duration, batches_per_epoch, global_batch, total))
 
     durations = Durations(
         total, steps(recipe.runtime.log_every), steps(recipe.checkpoint.every), steps(recipe.evaluation.every)
