@@ -31,7 +31,15 @@ from pipeline.loss import SummedOverHeads
 from pipeline.models.build import give_start, make_model
 from pipeline.optim import WarmupCosine
 from pipeline.recipe import Recipe, flatten
-from pipeline.record import Record, check_same_recipe, check_writable, keep_recipe, kept_metrics
+from pipeline.record import (
+    Record,
+    Setting,
+    check_same_recipe,
+    check_writable,
+    hardware,
+    keep_recipe,
+    kept_metrics,
+)
 from pipeline.run import Durations, Input, Learner, Run, Telemetry
 from pipeline.telemetry.figures import Figures
 from pipeline.telemetry.flops import forward_flops, peak_flops
@@ -86,7 +94,7 @@ def prepare(recipe: Recipe, world: World) -> Run:
     learner = make_learner(recipe, world, model, schedule, len(given.validation.reader))
     free = world.from_main(shutil.disk_usage(run_dir).free)
     check_room(footprint.checkpoint(learner.backend.name), free, run_dir)
-    record = Record(run_dir, world.is_main, recipe.data.global_batch)
+    record = make_record(recipe, world, index, learner)
     budget = Budget(recipe.data.max_bad).allows(given.stream.plan.num_samples)
     quarantine = Quarantine(run_dir, world, recipe.data.train, budget)
     kept = kept_metrics(run_dir, read_state(newest)["step"] if newest else 0) if world.is_main else []
@@ -227,6 +235,13 @@ def make_learner(recipe: Recipe, world: World, model: nn.Module, schedule: Warmu
     variants: Variants = {"": nullcontext} | ({"ema_": ema.swap} if ema else {})
     evaluator = Evaluator(backend, names, variants, num_evaluated)
     return Learner(backend, SummedOverHeads(recipe.loss), schedule, ema, evaluator)
+
+
+def make_record(recipe: Recipe, world: World, index: Index, learner: Learner) -> Record:
+    data = recipe.data
+    prints = {"fingerprint": index.fingerprint(data.train), "val_fingerprint": index.fingerprint(data.val)}
+    setting = Setting(hardware(world.device), world.size, learner.backend.name, {"path": data.path, **prints})
+    return Record(Path(recipe.run_dir), world.is_main, data.global_batch, setting)
 
 
 def make_figures(recipe: Recipe, index: Index, learner: Learner) -> Figures:

@@ -1,13 +1,19 @@
 """--recipe FILE and --print: what is printed and run again is the same run."""
 
 import json
+import platform
 import re
+import socket
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import ranks
 
 from pipeline.recipe import flatten, parse, sources
+from pipeline.record import code_version
 from recipes import chain, demo, finetune_1k, pretrain_21k
+from shards.index import Index
 
 FINETUNE = "recipes/finetune_1k.py"
 TRICKY = ("a: b # c", "yes", "off", "1e5", "null", "  spaces ", "-x", "é 😀", '"quoted"', "~", "0x10", "{a}", "")
@@ -142,6 +148,26 @@ def test_a_file_that_is_not_there(capsys):
     assert "nosuch.yaml cannot be read as a recipe ([Errno 2] No such file" in capsys.readouterr().err
 
 
+def check_attempts(root, data: str) -> None:
+    """What a run leaves of the software, the machine and the data it ran on."""
+    (first,), (again,) = (
+        [json.loads(line) for line in (root / run / "attempts.jsonl").read_text().splitlines()]
+        for run in ("first", "again")
+    )
+    assert list(first) == [
+        *("started", "step", "commit", "versions", "host", "hardware", "world", "strategy", "index"),
+    ]
+    assert {**first, "started": 0} == {**again, "started": 0}
+    assert (first["commit"], first["host"]) == (code_version(), socket.gethostname())
+    assert (first["step"], first["world"], first["strategy"]) == (0, 1, "ddp")
+    assert re.fullmatch(r"\d+ cores of .+", first["hardware"])
+    index = Index.load(Path(data))
+    prints = {"fingerprint": index.fingerprint("train"), "val_fingerprint": index.fingerprint("val")}
+    assert first["index"] == {"path": data, **prints}
+    assert first["versions"].items() >= {"python": platform.python_version(), "torch": version("torch")}.items()
+    assert first["versions"].keys() >= {"timm", "accelerate", "deepspeed", "numpy"}
+
+
 def test_a_recipe_that_is_printed_and_run_again_has_the_same_losses(start, small, tmp_path):
     """Printed on both ranks of a launch, of which one prints; run on one rank."""
     options = ["--debug", *small, "--seed", "5", "--schedule.lr", "3e-3", "--schedule.length", "64 images"]
@@ -155,5 +181,6 @@ def test_a_recipe_that_is_printed_and_run_again_has_the_same_losses(start, small
     losses = [line["loss"] for line in ranks.metrics(tmp_path / "first") if "loss" in line]
     assert len(losses) == 4
     assert ranks.metrics(tmp_path / "again") == ranks.metrics(tmp_path / "first")
+    check_attempts(tmp_path, small[1])
     kept = tmp_path / "first" / "recipe.json"
     assert flatten(parsed(["--recipe", str(kept)])) == json.loads(kept.read_text())

@@ -1,5 +1,6 @@
 """What a run leaves to be read: metrics.jsonl, TensorBoard, the progress bar, recipe.json, outcome.json and more."""
 
+from pipeline.record.attempts import Setting, hardware
 from pipeline.record.metrics import kept_metrics, last_evaluation, last_step, read_metrics
 from pipeline.record.outcome import EXIT_CODES, EXIT_USER_ERROR, OUTCOME, forget_outcome, read_outcome, write_outcome
 from pipeline.record.recipes import RECIPE, check_same_recipe, keep_recipe, read_recipe
@@ -12,10 +13,12 @@ __all__ = [
     "OUTCOME",
     "RECIPE",
     "Record",
+    "Setting",
     "check_same_recipe",
     "check_writable",
     "code_version",
     "forget_outcome",
+    "hardware",
     "keep_recipe",
     "kept_metrics",
     "last_evaluation",
