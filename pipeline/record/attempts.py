@@ -1,8 +1,7 @@
 """attempts.jsonl: a JSON object for every time that a run was started.
 
-`started` (seconds since 1970), `step` (that it went on from), `commit`, `versions`, `host`, `hardware`, `world` (number
-of ranks), `strategy`, `index`: {"path", "fingerprint" of the training split, "val_fingerprint"}. Those that are known of
-rank 0 are rank 0's.
+`started` (seconds since 1970), `step` (that it went on from), `commit`, `versions`, `host` and `hardware` (rank 0's),
+`world` (number of ranks), `strategy`, `index`: {"path", "fingerprint" (of the training split), "val_fingerprint"}.
 """
 
 import json
