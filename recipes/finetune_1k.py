@@ -12,7 +12,7 @@ Variants: --variant adamw      from --model.start, or without it from scratch, w
 Data:     data/imagenet1k (splits train and val), written by tools/make_shards.py
 Hardware: CUDA; 8 GPUs take 256 (base) or 512 (small) samples each at once. Fewer: raise --data.accumulation.
 Time:     300 epochs of 1,281,167 images; not measured. Arithmetic: if steps reached 40 % of the 312 TFLOP/s of each of
-          8 A100 (an assumption), base would take 4.6 hours and small 1.2, ViT-B and DeiT-B 11.3, ViT-S and DeiT-S 2.9.
+          8 A100 (an assumption), base would take 4.6 hours and small 1.2, ViT-B and DeiT-B 11.3, ViT-S and DeiT-S 3.0.
 Top-1:    not measured here. The paper's: 82.9 % for ViTTM-B, of weights that began as timm's ViT, beside 81.0 % for its
           ViT-B. Not known for the others; not from scratch, and not with Shampoo.
 Differs:  erasing is drawn a sample, mixing once a global batch, where the authors draw both once a rank; images take

@@ -27,14 +27,22 @@ _INFINITE = {".inf": "inf", "-.inf": "-inf"}
 
 
 def with_file(form: T, path: str) -> T:
-    """`form` with the fields that a file gives.
+    """`form` with the fields that a file gives. Raises UserError where it cannot be read, and as `with_text` does."""
+    try:
+        return with_text(form, Path(path).read_text(), path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable(path, error) from error
 
-    Raises UserError where it cannot be read; one that lists everything that is wrong with what it says.
+
+def with_text(form: T, text: str, path: str) -> T:
+    """`form` with the fields that the text of a file gives.
+
+    Raises UserError, which calls it `path` and lists everything that is wrong with what it says.
     """
     known, wrong = kinds(type(form)), []
     lines: dict[str, int] = {}
     given: dict[str, object] = {}
-    for name, node in _leaves(_compose(path)):
+    for name, node in _leaves(_compose(text, path)):
         line = node.start_mark.line + 1
         if name not in known:
             wrong.append(f"line {line}: {_unknown(name, known)}")
@@ -79,18 +87,21 @@ def expected(kind: Any) -> str:
     return text if core is kind else f"{text}, or null"
 
 
-def _compose(path: str) -> yaml.Node:
-    """The file's mapping, with the line of every value."""
+def _compose(text: str, path: str) -> yaml.Node:
+    """The text's mapping, with the line of every value."""
     try:
-        node = yaml.compose(Path(path).read_text(), Loader=yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(
-            f"{path} cannot be read as a recipe ({error}): give YAML or JSON as --print prints it, or a run's "
-            "recipe.json"
-        ) from error
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise _unreadable(path, error) from error
     if not isinstance(node, yaml.MappingNode):
         raise UserError(f"{path} holds no fields of a recipe: give some as 'data.path: DIRECTORY', each on its line")
     return node
+
+
+def _unreadable(path: str, error: Exception) -> UserError:
+    return UserError(
+        f"{path} cannot be read as a recipe ({error}): give YAML or JSON as --print prints it, or a run's recipe.json"
+    )
 
 
 def _leaves(mapping: yaml.Node, prefix: str = "") -> Iterator[tuple[str, yaml.Node]]:
