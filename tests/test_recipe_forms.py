@@ -15,7 +15,7 @@ from pipeline.backend import start
 from pipeline.models.build import make_model
 from pipeline.optim import group, make_optimizer
 from pipeline.prepare import make_schedule
-from pipeline.recipe import Recipe, flatten, parse
+from pipeline.recipe import Recipe, flatten
 from pipeline.record import read_metrics
 from pipeline.telemetry.flops import FORWARDS_A_STEP, forward_flops
 from pipeline.trainer import fit, leave
@@ -34,13 +34,20 @@ SHAMPOO = {
     "shampoo.grafting_beta2": 0.999,
     "shampoo.grafting_epsilon": 1e-8,
 }
+UNLIKE = ("run_dir", "model.name", "augment.mixup_alpha", "augment.randaugment_ops", "augment.randaugment_magnitude")
+FORMS = {
+    f"{stage}-{model}-{variant}"
+    for stage, model, variant in itertools.product(
+        MODULES, ("vittm_base", "deittm_base", "vit_base_patch16_224"), ("adamw", "shampoo")
+    )
+}
+"""Of the debug forms those that are unlike one another: what `small_forms` comes to."""
 ASSUMED = 8 * 312e12 * 0.4
 
 
-def shapes(recipe: Recipe, classes: int) -> tuple[torch.nn.Module, tuple]:
+def on_meta(recipe: Recipe, classes: int) -> torch.nn.Module:
     with torch.device("meta"):
-        model = make_model(recipe, classes)
-    return model, (type(model), *((name, tensor.shape) for name, tensor in model.state_dict().items()))
+        return make_model(recipe, classes)
 
 
 @pytest.mark.parametrize("model", pretrain_21k.MODELS)
@@ -48,7 +55,7 @@ def shapes(recipe: Recipe, classes: int) -> tuple[torch.nn.Module, tuple]:
 def test_every_variant_is_built_at_full_size(stage, model):
     module, images, classes = MODULES[stage]
     plain = module.make(model, False)
-    network, built = shapes(plain, classes)
+    network = on_meta(plain, classes)
     size = next(size for size in ("base", "small") if f"_{size}" in model)
     _, durations = make_schedule(plain, images // plain.data.global_batch)
     assert durations.total == STEPS.get((stage, size), STEPS.get(stage))
@@ -57,7 +64,6 @@ def test_every_variant_is_built_at_full_size(stage, model):
     for variant in module.VARIANTS:
         recipe = module.make(model, False, variant)
         validate(recipe)
-        assert shapes(recipe, classes)[1] == built
         optimizer = make_optimizer(network, recipe.optimizer, group(network, recipe.optimizer.layer_decay))
         assert type(optimizer).__name__ == ("Shampoo" if variant.endswith("shampoo") else "AdamW")
         changed = {name: value for name, value in flatten(recipe).items() if value != flatten(plain)[name]}
@@ -87,26 +93,26 @@ def test_hours_are_the_arithmetic_that_the_docstring_names(stage):
 
 
 def small_forms(data: Path, root: Path) -> dict[str, Recipe]:
-    """The debug forms for two steps on `data`, one of those that differ in names alone."""
-    options = ["--debug", "--data.path", str(data), "--data.global-batch", "16", "--data.workers", "0"]
-    options += [
-        "--runtime.no-pictures",
-        "--schedule.length",
-        "2 steps",
-        "--evaluation.every",
-        "100%",
-        "--checkpoint.every",
-        "100%",
-    ]
+    """The debug forms for two steps on `data`: one of those whose models are built alike, and whose other fields differ
+    in how strong the augmentation is alone."""
     found, seen = {}, set()
     for stage, model, variant in itertools.product(MODULES, pretrain_21k.MODELS, pretrain_21k.VARIANTS):
-        module = MODULES[stage][0]
-        chosen = ["--model", model, "--variant", variant, "--run-dir", str(root / f"{stage}-{model}-{variant}")]
-        recipe = parse(module.make, module.MODELS, "", [*options, *chosen], module.VARIANTS)
-        same = {name: value for name, value in flatten(recipe).items() if name not in ("run_dir", "model.name")}
-        key = str((sorted(same.items(), key=str), shapes(recipe, 5)[1]))
+        made, name = MODULES[stage][0].make(model, True, variant), f"{stage}-{model}-{variant}"
+        recipe = dataclasses.replace(
+            made,
+            run_dir=str(root / name),
+            data=dataclasses.replace(made.data, path=str(data), global_batch=16, workers=0),
+            schedule=dataclasses.replace(made.schedule, length="2 steps"),
+            evaluation=dataclasses.replace(made.evaluation, every="100%"),
+            checkpoint=dataclasses.replace(made.checkpoint, every="100%"),
+            runtime=dataclasses.replace(made.runtime, pictures=False),
+        )
+        same = {field: value for field, value in flatten(recipe).items() if field not in UNLIKE}
+        network = on_meta(recipe, 5)
+        shapes = [(weight, tensor.shape) for weight, tensor in network.state_dict().items()]
+        key = str((sorted(same.items(), key=str), type(network), shapes))
         if key not in seen:
-            found[f"{stage}-{model}-{variant}"] = recipe
+            found[name] = recipe
         seen.add(key)
     return found
 
@@ -129,11 +135,7 @@ def test_every_debug_form_trains_two_steps(shards, tmp_path):
     ended = ranks.run_function(train_each, (shards, tmp_path), tmp_path / "logs", 1).wait()
     assert ended.codes == [0], ended.outputs
     trained = {path.parent.name: read_metrics(path.parent) for path in tmp_path.glob("*/metrics.jsonl")}
-    assert set(trained) == {*small_forms(shards, tmp_path), "blocks"}
-    models = ("vittm_base", "deittm_base", "vit_base_patch16_224")
-    for stage, model, variant in itertools.product(MODULES, models, ("adamw", "shampoo")):
-        assert f"{stage}-{model}-{variant}" in trained
-    assert {f"finetune-vittm_small-{variant}" for variant in ("adamw", "shampoo")} <= trained.keys()
+    assert set(trained) == {*FORMS, "blocks"}
     for name, lines in trained.items():
         assert [line["step"] for line in lines if "loss" in line] == [1, 2], name
         assert lines[-1]["step"] == 2
