@@ -32,6 +32,7 @@ from pipeline.models.build import give_start, make_model
 from pipeline.optim import WarmupCosine
 from pipeline.recipe import Recipe, flatten
 from pipeline.record import check_same_recipe, check_writable, keep_classes, keep_recipe, kept_metrics
+from pipeline.record.attempts import Setting, hardware
 from pipeline.record.record import Record
 from pipeline.run import Durations, Input, Learner, Run, Telemetry
 from pipeline.telemetry.figures import Figures
@@ -84,7 +85,7 @@ def prepare(recipe: Recipe, world: World) -> Run:
     learner = make_learner(recipe, world, model, schedule, len(given.validation.reader))
     free = world.from_main(shutil.disk_usage(run_dir).free)
     check_room(footprint.checkpoint(learner.backend.name), free, run_dir)
-    record = Record(run_dir, world.is_main, recipe.data.global_batch)
+    record = make_record(recipe, world, index, learner)
     budget = Budget(recipe.data.max_bad).allows(given.stream.plan.num_samples)
     quarantine = Quarantine(run_dir, world, recipe.data.train, budget)
     kept = kept_metrics(run_dir, read_state(newest)["step"] if newest else 0) if world.is_main else []
@@ -205,9 +206,9 @@ def make_shuffle(recipe: Recipe, index: Index) -> Shuffle:
 
 def make_schedule(recipe: Recipe, batches_per_epoch: int) -> tuple[WarmupCosine, Durations]:
     """Raises UserError where the warm-up does not end before the training does."""
-    section = recipe.schedule
-    total = num_steps(section.length, batches_per_epoch)
-    warmup = num_steps(section.warmup, batches_per_epoch, total)
+    section, global_batch = recipe.schedule, recipe.data.global_batch
+    total = num_steps(section.length, batches_per_epoch, global_batch)
+    warmup = num_steps(section.warmup, batches_per_epoch, global_batch, total)
     if total < 1 or warmup >= total:
         raise UserError(
             f"schedule.warmup '{section.warmup}' is {warmup} steps, but schedule.length '{section.length}' is only "
@@ -216,7 +217,7 @@ def make_schedule(recipe: Recipe, batches_per_epoch: int) -> tuple[WarmupCosine,
         )
 
     def steps(duration: str) -> int:
-        return max(1, num_steps(duration, batches_per_epoch, total))
+        return max(1, num_steps(duration, batches_per_epoch, global_batch, total))
 
     durations = Durations(
         total, steps(recipe.runtime.log_every), steps(recipe.checkpoint.every), steps(recipe.evaluation.every)
@@ -234,6 +235,13 @@ def make_learner(recipe: Recipe, world: World, model: nn.Module, schedule: Warmu
     variants: Variants = {"": nullcontext} | ({"ema_": ema.swap} if ema else {})
     evaluator = Evaluator(backend, names, variants, num_evaluated)
     return Learner(backend, SummedOverHeads(recipe.loss), schedule, ema, evaluator)
+
+
+def make_record(recipe: Recipe, world: World, index: Index, learner: Learner) -> Record:
+    data = recipe.data
+    prints = {"fingerprint": index.fingerprint(data.train), "val_fingerprint": index.fingerprint(data.val)}
+    setting = Setting(hardware(world.device), world.size, learner.backend.name, {"path": data.path, **prints})
+    return Record(Path(recipe.run_dir), world.is_main, data.global_batch, setting)
 
 
 def make_figures(recipe: Recipe, index: Index, learner: Learner) -> Figures:

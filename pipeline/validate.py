@@ -4,15 +4,18 @@ from pipeline.recipe import Optimizer, Recipe, flatten
 from shards.budget import Budget
 from shards.errors import UserError
 
-UNITS = ("epochs", "steps", "%")
+UNITS = ("epochs", "steps", "images", "%")
 
 
-def num_steps(duration: str, batches_per_epoch: int, total: int = 0) -> int:
-    """Optimizer steps, rounded, of a duration such as "300 epochs", "10000 steps" or "2%" (of `total` steps).
+def num_steps(duration: str, batches_per_epoch: int, global_batch: int, total: int = 0) -> int:
+    """Optimizer steps, rounded, of a duration such as "300 epochs", "10000 steps", "1e9 images" or "2%" (of `total`
+    steps).
 
     Raises UserError where the text is no such duration.
     """
     number, unit = _split_duration(duration)
+    if unit == "images":
+        return round(number / global_batch)
     scale = {"epochs": batches_per_epoch, "steps": 1, "%": total / 100}[unit]
     return round(number * scale)
 
@@ -36,7 +39,7 @@ def _split_duration(duration: str) -> tuple[float, str]:
     if unit not in UNITS or not 0 <= value < float("inf"):
         raise UserError(
             f"'{duration}' is no duration: it takes a number, 0 or more, and a unit, "
-            "as '300 epochs', '10000 steps' or '2%'"
+            "as '300 epochs', '10000 steps', '1e9 images' or '2%'"
         )
     return value, unit
 
@@ -57,7 +60,7 @@ def _duration_errors(recipe: Recipe) -> list[str]:
             found.append(f"{name}: {error}")
             continue
         if name == "schedule.length" and unit == "%":
-            found.append(f"{name} '{duration}': a percentage of itself; give epochs or steps")
+            found.append(f"{name} '{duration}': a percentage of itself; give epochs, steps or images")
         if name != "schedule.warmup" and number == 0:
             found.append(f"{name} '{duration}': must be above 0")
     return found

@@ -37,7 +37,7 @@ MAY_USE_EXTRAS = {"shards": ("data", "ray"), "pipeline": ("export", "wandb"), "t
 TORCH = {"torch", "torchvision", "timm"}
 IN_BACKEND_ONLY = {"accelerate", "deepspeed"}
 # Where the import has another name.
-DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "cv2": "opencv-python-headless"}
+DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "cv2": "opencv-python-headless", "yaml": "pyyaml"}
 
 MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 300

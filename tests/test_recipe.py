@@ -121,6 +121,7 @@ def test_the_command_line_overrides_any_field():
         (["--data.global-batch", "many"], "invalid literal for int"),
         (["--loss", "mse"], "ce"),
         (["--model", "vittm_huge"], "vittm_base"),
+        (["--recpie", "x.yaml"], "error: --recpie is no option; the nearest is --recipe"),
     ],
 )
 def test_a_wrong_option_names_the_good_one(options, message, capsys):
@@ -141,16 +142,20 @@ def test_help_explains_every_field(capsys):
 
 
 @pytest.mark.parametrize(
-    ("duration", "steps"), [("3 epochs", 30), ("1 epoch", 10), ("0.5 epochs", 5), ("7 steps", 7), ("2%", 4), ("0%", 0)]
+    ("duration", "steps"),
+    [
+        *[("3 epochs", 30), ("1 epoch", 10), ("0.5 epochs", 5), ("7 steps", 7), ("2%", 4), ("0%", 0)],
+        *[("1e9 images", 244141), ("4096 images", 1), ("6143 images", 1), ("6145 images", 2), ("1 image", 0)],
+    ],
 )
 def test_durations(duration, steps):
-    assert num_steps(duration, batches_per_epoch=10, total=200) == steps
+    assert num_steps(duration, batches_per_epoch=10, global_batch=4096, total=200) == steps
 
 
 @pytest.mark.parametrize("duration", ["10", "ten steps", "5 hours", "-1 steps", "%", "inf steps", "nan epochs"])
 def test_what_is_no_duration(duration):
     with pytest.raises(UserError, match="is no duration: it takes a number, 0 or more, and a unit, as '300 epochs'"):
-        num_steps(duration, 10)
+        num_steps(duration, 10, 8)
 
 
 def test_everything_wrong_is_listed_together():

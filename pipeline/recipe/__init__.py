@@ -1,6 +1,7 @@
 """What a run is: a frozen Recipe of typed sections, and the command line that overrides its fields."""
 
 from pipeline.recipe.command_line import parse
+from pipeline.recipe.files import with_text
 from pipeline.recipe.leaves import flatten, unflatten
 from pipeline.recipe.model import Model
 from pipeline.recipe.sections import (
@@ -31,4 +32,5 @@ __all__ = [
     "parse",
     "sources",
     "unflatten",
+    "with_text",
 ]

@@ -104,9 +104,9 @@ class Optimizer:
 @dataclass(frozen=True)
 class Schedule:
     length: str = "300 epochs"
-    """How long to train: a number of epochs or steps."""
+    """How long to train: a number of epochs, steps or images."""
     warmup: str = "10000 steps"
-    """Linear warm-up: a number of epochs or steps, or a percentage of the length."""
+    """Linear warm-up: a number of epochs, steps or images, or a percentage of the length."""
     lr: float = 1.5e-4
     """Learning rate after warm-up."""
     warmup_lr: float = 1e-6
@@ -118,7 +118,7 @@ class Schedule:
 @dataclass(frozen=True)
 class Evaluation:
     every: str = "1 epochs"
-    """How often to evaluate: epochs, steps, or a percentage of the length. The end is always evaluated."""
+    """How often to evaluate: epochs, steps, images, or a percentage of the length. The end is always evaluated."""
     batch: int = 256
     """Samples of one forward pass of a rank."""
 
@@ -126,7 +126,7 @@ class Evaluation:
 @dataclass(frozen=True)
 class Checkpoint:
     every: str = "1 epochs"
-    """How often to save: epochs, steps, or a percentage of the length. The end is always saved."""
+    """How often to save: epochs, steps, images, or a percentage of the length. The end is always saved."""
     keep: int = 2
     """Newest checkpoints to keep."""
     asynchronous: bool = True
@@ -163,7 +163,7 @@ class Runtime:
     for ever. What is slow but sound has to take less: the first batch from a slow store, compilation, the check of a
     checkpoint. Below the 10 minutes after which NCCL gives up by itself."""
     log_every: str = "50 steps"
-    """How often to log: epochs, steps, or a percentage of the length."""
+    """How often to log: epochs, steps, images, or a percentage of the length."""
     norms: bool = False
     """Show the gradient norm of every parameter in TensorBoard, at the cost of a pass over the gradients a step."""
     pictures: bool = True

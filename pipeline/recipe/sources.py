@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pipeline.recipe.leaves import flatten
@@ -14,20 +14,36 @@ def trace(parsed: Any, forms: Mapping[str, Any]) -> Any:
     and in their order, of which the last is what was parsed."""
     if isinstance(parsed, Recipe):
         return dataclasses.replace(parsed, origin=tuple((name, flatten(form)) for name, form in forms.items()))
-    recipes = {item.name for item in dataclasses.fields(parsed) if isinstance(getattr(parsed, item.name), Recipe)}
     changes = {
         each: trace(getattr(parsed, each), {name: getattr(form, each) for name, form in forms.items()})
-        for each in recipes
+        for each in _stages(parsed)
     }
     return dataclasses.replace(parsed, **changes)
 
 
 def sources(recipe: Recipe) -> dict[str, str]:
-    """For each field by its name: "default", or the last form in which its value changed: "recipe", "--debug" or
-    "command line"; "chain" where it was changed after that, "program" where no command line was parsed."""
+    """For each field by its name: "default", or the last form in which its value changed: "recipe", "--debug", "file
+    NAME" or "command line"; "chain" where it was changed after that, "program" where no command line was parsed."""
     last = "chain" if recipe.origin else "program"
-    forms = [("default", flatten(Recipe())), *recipe.origin, (last, flatten(recipe))]
-    found = dict.fromkeys(flatten(recipe), "default")
+    return changes([("default", flatten(Recipe())), *recipe.origin, (last, flatten(recipe))])
+
+
+def changes(forms: Iterable[tuple[str, Mapping[str, object]]]) -> dict[str, str]:
+    """For each field the name of the last of these forms in which its value changed."""
+    (first, leaves), *_ = forms = [*forms]
+    found = dict.fromkeys(leaves, first)
     for (_, before), (name, after) in itertools.pairwise(forms):
-        found |= {field: name for field, value in after.items() if value != before[field]}
+        found |= {field: name for field, value in after.items() if field not in before or value != before[field]}
     return found
+
+
+def defaults(parsed: Any) -> dict[str, object]:
+    """What a recipe, or the recipes that something holds, have without any recipe file; by the names of `flatten`."""
+    if isinstance(parsed, Recipe):
+        return flatten(Recipe())
+    return {f"{each}.{name}": value for each in _stages(parsed) for name, value in flatten(Recipe()).items()}
+
+
+def _stages(parsed: Any) -> list[str]:
+    """Names of the fields that are recipes."""
+    return [item.name for item in dataclasses.fields(parsed) if isinstance(getattr(parsed, item.name), Recipe)]

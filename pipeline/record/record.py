@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from pipeline.record.attempts import begin_attempt
+from pipeline.record.attempts import Setting, begin_attempt
 from pipeline.record.meter import Meter
 from pipeline.record.metrics import METRICS, cut_metrics
 
@@ -40,11 +40,12 @@ class Record:
     `step` counts finished optimizer steps. A line is one JSON object: a logged step, or an evaluation ("split").
     """
 
-    def __init__(self, run_dir: Path, is_main: bool, global_batch: int, trackers: Iterable[Tracker] = ()) -> None:
+    def __init__(self, run_dir: Path, is_main: bool, global_batch: int, setting: Setting | None = None) -> None:
         self.run_dir = run_dir
+        self.setting = setting or Setting()
         self.is_main = is_main
         self.meter = Meter(global_batch)
-        self.trackers = [*trackers]
+        self.trackers: list[Tracker] = []
 
     @contextmanager
     def open(self, start: int, total: int) -> Iterator[None]:
@@ -54,7 +55,7 @@ class Record:
             yield
             return
         cut_metrics(self.run_dir, start)
-        self._first_start = begin_attempt(self.run_dir, start)
+        self._first_start = begin_attempt(self.run_dir, start, self.setting)
         board = SummaryWriter(self.run_dir / "tensorboard", purge_step=start + 1)
         bar = tqdm(initial=start, total=total, unit="step", disable=None, dynamic_ncols=True)
         with (self.run_dir / METRICS).open("a") as self._file, board as self._board, bar as self._bar:

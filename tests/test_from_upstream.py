@@ -1,0 +1,237 @@
+"""Commands of other programs as recipes. tests/upstream holds those of their READMEs, as they stand there."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ranks
+
+from pipeline.recipe import Recipe, flatten, parse
+from recipes import finetune_1k, pretrain_21k
+from tools.from_upstream import main, table
+from tools.upstream_flags import LAUNCHERS, PROGRAMS
+
+COMMANDS = Path(__file__).parent / "upstream"
+OF = {
+    "vittm_pretrain": "vittm",
+    "vittm_pretrain_markdown": "vittm",
+    "vittm_finetune": "vittm",
+    "deit_small": "deit",
+    "lvvit_s": "lvvit",
+    "efficienttrain_deit_small": "efficienttrain",
+    "yolos_s": "yolos",
+    "ltm_mobilevit_s": "timm",
+    "t2t_vit_t_14": "t2t",
+}
+FLAG = re.compile(r"(?<!\S)(?:--?[A-Za-z][\w-]*|CUDA_VISIBLE_DEVICES)")
+PRETRAIN = (COMMANDS / "vittm_pretrain.txt").read_text()
+DEIT = "torchrun --nproc_per_node=4 main.py --model deit_small_patch16_224 --batch-size 256"
+
+
+def converted(command: str, tmp_path, capsys, code: int = 0) -> tuple[str, str]:
+    """stdout and stderr for the text of a command."""
+    path = tmp_path / "command.txt"
+    path.write_text(command)
+    assert main([str(path)]) == code
+    found = capsys.readouterr()
+    return found.out, found.err
+
+
+def recipe_of(text: str, module, options: list[str], tmp_path) -> Recipe:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return parse(module.make, module.MODELS, "", [*options, "--recipe", str(path)], module.VARIANTS)
+
+
+def changes(recipe: Recipe, base: Recipe) -> dict[str, object]:
+    before = flatten(base)
+    return {name: value for name, value in flatten(recipe).items() if value != before[name]}
+
+
+def fields(text: str) -> dict[str, str]:
+    return dict(re.findall(r"^([\w.]+): (\S.*?)  # ", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", ["vittm_pretrain", "vittm_pretrain_markdown"])
+def test_the_pretraining_of_vittm_is_our_authors_variant(name, tmp_path, capsys):
+    told, errors = converted((COMMANDS / f"{name}.txt").read_text(), tmp_path, capsys)
+    assert errors == ""
+    recipe = recipe_of(told, pretrain_21k, ["--variant", "authors"], tmp_path)
+    ours = pretrain_21k.make("vittm_base", False, "authors")
+    assert changes(recipe, ours) == {"data.workers": 32, "runtime.compile": "inductor"}
+    assert "recipes/pretrain_21k.py --model vittm_base --recipe RECIPE.yaml" in told.splitlines()[1]
+    plain = changes(recipe_of(told, pretrain_21k, [], tmp_path), ours)
+    assert plain.pop("run_dir") == "runs/pretrain_21k/vittm_base"
+    assert plain == changes(recipe, ours), "the variant must not matter"
+    assert "data.global_batch: 4096  # --devices 2 x --num-nodes 2 x --batch-size 1024 x --accumulations 1\n" in told
+    assert "# no effect in the authors' program: --process-embedded-type patch: it is swallowed by **kwargs" in told
+
+
+def test_the_fine_tuning_of_vittm(tmp_path, capsys):
+    told, errors = converted((COMMANDS / "vittm_finetune.txt").read_text(), tmp_path, capsys)
+    ours = finetune_1k.make("vittm_base", False, "authors")
+    recipe = recipe_of(told, finetune_1k, ["--variant", "authors"], tmp_path)
+    assert changes(recipe, ours) == {"data.workers": 32, "runtime.compile": "inductor", "evaluation.batch": 64}
+    profile = "--checkpoint-profile vittm-base-21k-300-im1k-300-lin-ls2"
+    contradiction = f"contradiction: {profile} says a latent size scale of 2, --latent-size-scale 4\n"
+    assert errors == contradiction
+    assert f"# {contradiction}" in told
+    assert (
+        f"# no effect in the authors' program: {profile}: the pretrained weights that it names are not loaded" in told
+    )
+    assert "# not given, so that the recipe's own values stay: --checkpoints-path (run_dir)\n" in told
+
+
+def test_deit_has_the_defaults_of_its_program(tmp_path, capsys):
+    told, errors = converted((COMMANDS / "deit_small.txt").read_text(), tmp_path, capsys)
+    assert errors == ""
+    assert "--num_processes 4 recipes/finetune_1k.py --model deit_small_patch16_224 " in told.splitlines()[1]
+    recipe = recipe_of(told, finetune_1k, ["--model", "deit_small_patch16_224"], tmp_path)
+    assert (recipe.seed, recipe.loss, recipe.ema_decay, recipe.optimizer.clip_norm) == (3407, "ce", 0.99996, 0)
+    assert (recipe.data.global_batch, recipe.schedule.lr, recipe.schedule.warmup) == (1024, 1e-3, "5 epochs")
+    assert (recipe.model.name, recipe.model.drop_path_rate) == ("deit_small_patch16_224", 0.1)
+    assert (recipe.augment.randaugment_ops, recipe.augment.randaugment_magnitude) == (2, 9)
+    assert (recipe.augment.mixup, recipe.augment.cutmix, recipe.augment.mixup_alpha) == (True, True, 0.8)
+    waiting = re.findall(r"^# not there yet: (--\S+)", told, re.MULTILINE)
+    expansion = ["--expansion-step", "--keep-rate", "--initialization-keep-rate", "--expansion-multiple-stage"]
+    assert waiting == ["--smoothing", *expansion, "--cutmix", "--repeated-aug", "--aa"]
+
+
+def test_efficient_train_and_ltm(tmp_path, capsys):
+    told, _ = converted((COMMANDS / "efficienttrain_deit_small.txt").read_text(), tmp_path, capsys)
+    recipe = recipe_of(told, finetune_1k, ["--model", "deit_small_patch16_224"], tmp_path)
+    assert (recipe.data.global_batch, recipe.schedule.lr, recipe.schedule.warmup) == (4096, 4e-3, "20 epochs")
+    assert "# not there yet: EfficientTrain: images of 160, 192, then 224 px" in told
+    told, errors = converted((COMMANDS / "ltm_mobilevit_s.txt").read_text(), tmp_path, capsys)
+    recipe = recipe_of(told, finetune_1k, [], tmp_path)
+    assert (recipe.data.global_batch, recipe.schedule.lr, recipe.schedule.min_lr) == (256, 2e-4, 2e-5)
+    assert (recipe.ema_decay, recipe.augment.erasing, recipe.checkpoint.keep) == (0.9995, 0.2, 20)
+    assert "# not there yet: --model ltm_mobilevit_s: learnable token merging (LTM)\n" in told
+    assert "model.name" not in fields(told)
+    assert errors == (
+        "contradiction: --warmup-epochs 5 beside --warmup-lr 0.0002, which is --lr itself: the warm-up only puts the "
+        "cosine off\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "waits"),
+    [
+        ("lvvit_s", "LV-ViT with ToE: not there yet: LV-ViT and its token labels"),
+        ("yolos_s", "YOLOS with ToE: not there yet: detection on COCO"),
+        ("t2t_vit_t_14", "T2T-ViT (mmpretrain): not there yet: T2T-ViT; its command has no flags, but a config file"),
+    ],
+)
+def test_what_no_recipe_can_be_made_of(name, waits, tmp_path, capsys):
+    told, errors = converted((COMMANDS / f"{name}.txt").read_text(), tmp_path, capsys, code=2)
+    assert errors == f"error: no recipe can be made of a command of {waits}\n"
+    assert "accelerate launch" not in told
+
+
+@pytest.mark.parametrize("name", OF)
+def test_the_readme_has_every_flag_of_every_command(name):
+    """The one that is commented out, too, and those of launchers."""
+    assert sorted(OF) == sorted(path.stem for path in COMMANDS.iterdir())
+    text = re.sub(r"-m torch\.\S+|#!\S+", "", (COMMANDS / f"{name}.txt").read_text())
+    program = PROGRAMS[OF[name]]
+    rows = [row for row in readme_table() if row.startswith((f"| {program.title} (`", f"| {LAUNCHERS.title} "))]
+    for flag in set(FLAG.findall(re.sub(r"#(?! --wandb).*", "", text))):
+        assert any(f"`{flag}`" in row.split(" | ")[1] for row in rows), f"{flag} of {program.title}"
+    assert rows
+
+
+def readme_table() -> list[str]:
+    section = (ranks.ROOT / "README.md").read_text().partition("### Coming from other programs\n")[2]
+    return [line for line in section.partition("\n## ")[0].splitlines() if line.startswith("|")]
+
+
+def test_the_readme_has_the_table_and_the_table_has_our_fields():
+    assert readme_table() == [*table()]
+    ours = flatten(Recipe())
+    for program in (*PROGRAMS.values(), LAUNCHERS):
+        assert {flag.field for flag in program.flags if flag.kind == "field"} <= ours.keys()
+        assert program.always.keys() <= ours.keys()
+        names = [name for flag in program.flags for name in flag.names.split()]
+        assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("change", "contradiction"),
+    [
+        (
+            ("--devices 2", "--devices 4"),
+            "--devices 4 x --num-nodes 2 x --batch-size 1024 x --accumulations 1 is 8192, but the authors' table of "
+            "imagenet-21k gives ViTTM-B an effective batch of 4096",
+        ),
+        (("10450", "1000"), "--num-classes 1000, but imagenet-21k has 10450"),
+        (("--rand-aug ", ""), "--num-ops 2 without --rand-aug has no effect"),
+        (("--use-mixup", ""), "--mixup-alpha 0.5 without --use-mixup or --use-cutmix has no effect"),
+        (("-type patch", "-type latent"), "--process-embedded-type latent was trained as patch"),
+        (
+            ("--compile ", "--checkpoint-profile vittm-small-ls4 "),
+            "--checkpoint-profile vittm-small-ls4 is of another model than --model vittm_base",
+        ),
+    ],
+)
+def test_contradictions(change, contradiction, tmp_path, capsys):
+    assert change[0] in PRETRAIN
+    told, errors = converted(PRETRAIN.replace(*change), tmp_path, capsys)
+    assert f"contradiction: {contradiction}" in errors
+    assert f"# contradiction: {contradiction}" in told
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("echo", "no commands of a known program are there, which start ET_training.py, distributed_train.sh, main.py"),
+        (f"{DEIT}\n{DEIT}", "2 commands of a known program are there"),
+        (f"{DEIT} --keeprate 0.5", "DeiT with ToE has no flag --keeprate; the nearest is --keep-rate"),
+        (f"{DEIT} --seed", "--seed lacks its value"),
+        (f"{DEIT} --mixup much", "--mixup 'much': it takes a number, for augment.mixup_alpha is made of it"),
+        (f"{DEIT} --epochs many", "schedule.length: 'many epochs' is no duration"),
+        (f"{DEIT} --drop-path big", "model.drop_path_rate 'big': it takes a number, or null"),
+        (f"{DEIT} --data-path 'x", "cannot be read (No closing quotation): mend its quotes"),
+        (f"{DEIT} --expansion-step 0 9 --keep-rate 1", ""),
+        (
+            "python train_lt.py --dataset cifar --batch-size 8",
+            "--dataset 'cifar': recipes are there for imagenet-21k and",
+        ),
+        ("python train_lt.py --dataset imagenet", "--batch-size '': it takes a number, for data.global_batch is made"),
+        (PRETRAIN.replace("cosine", "step"), "--scheduler step: the schedule is the cosine here"),
+        (
+            "./distributed_train.sh --model x",
+            "'' is no number of processes, which distributed_train.sh is started with",
+        ),
+        (
+            "python ET_training.py --model swin_tiny",
+            "--model 'swin_tiny': of EfficientTrain's models only deit_tiny and",
+        ),
+    ],
+)
+def test_what_is_refused(command, message, tmp_path, capsys):
+    code = 2 if message else 0
+    told, errors = converted(command, tmp_path, capsys, code)
+    assert f"error: {message}" in errors.replace("what the command comes to", "") or message in errors
+    if not message:
+        assert errors == "contradiction: --expansion-step has 2 stages, --keep-rate 1\n"
+    assert bool(told) == (code == 0)
+
+
+def test_a_file_that_is_not_there(capsys):
+    assert main(["nosuch.txt"]) == 2
+    assert capsys.readouterr().err.startswith("error: nosuch.txt cannot be read ([Errno 2] No such file")
+
+
+def test_the_tool_as_it_is_called(tmp_path):
+    """From stdin, and from the words behind --; what a command would run is not run."""
+    trap = tmp_path / "trap"
+    words = ["python", "train_lt.py", "--dataset", "imagenet", "--batch-size", "2048", "--model", f"$(touch {trap})"]
+    script = [sys.executable, "tools/from_upstream.py"]
+    behind = subprocess.run([*script, "--", *words], cwd=ranks.ROOT, capture_output=True, text=True, check=True)
+    text = " ".join(words[:-2]) + f' --model "$(touch {trap})"'
+    piped = subprocess.run(script, input=text, cwd=ranks.ROOT, capture_output=True, text=True, check=True)
+    assert behind.stdout == piped.stdout
+    assert "data.global_batch: 2048" in piped.stdout
+    assert not trap.exists()

@@ -1,0 +1,292 @@
+"""What the flags of other programs are called here: one typed table, which README.md shows.
+
+Of ViTTM's program (WACV 2025), of DeiT, LV-ViT, EfficientTrain and YOLOS with Token Expansion (CVPR 2024), and of the
+timm program of LTM (TPAMI 2025). Defaults are those of each program: DeiT's of github.com/facebookresearch/deit
+main.py, EfficientTrain's of github.com/LeapLabTHU/EfficientTrain ET_training.py.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Kind = Literal["field", "said", "no effect", "later"]
+KINDS: dict[Kind, str] = {
+    "said": "no field of ours:",
+    "no effect": "no effect in the authors' program:",
+    "later": "not there yet:",
+}
+
+
+@dataclass(frozen=True)
+class Flag:
+    """`names`: as the program has them, between spaces. `field`: ours, which gets `form`, with the flag's value in
+    place of {}; `default` is what the flag is where it is not given (of a switch: what the field is then).
+
+    `takes`: "" a switch, "1" a value, "+" some.
+    """
+
+    names: str
+    field: str = ""
+    remark: str = ""
+    form: str = "{}"
+    default: str = ""
+    takes: Literal["", "1", "+"] = "1"
+    kind: Kind = "field"
+
+    @property
+    def name(self) -> str:
+        return self.names.split()[0]
+
+
+@dataclass(frozen=True)
+class Program:
+    """`scripts`: what its command starts. `always`: fields that no flag of it changes. `waits`: why no recipe can be
+    made of its commands; "" where one can."""
+
+    title: str
+    scripts: tuple[str, ...]
+    flags: tuple[Flag, ...]
+    always: dict[str, str] = field(default_factory=dict)
+    waits: str = ""
+
+
+def said(names: str, remark: str, takes: Literal["", "1", "+"] = "1") -> Flag:
+    return Flag(names, remark=remark, takes=takes, kind="said")
+
+
+def later(names: str, remark: str, takes: Literal["", "1", "+"] = "1", default: str = "") -> Flag:
+    return Flag(names, remark=remark, takes=takes, kind="later", default=default)
+
+
+def switch(names: str, field: str, given: str, missing: str, remark: str = "") -> Flag:
+    return Flag(names, field, remark, given, missing, "")
+
+
+IMAGES = "the images are made into shards first (tools/make_shards.py), where data.path points then"
+CLASSES = "the index of the shards knows its classes"
+PINNED = "memory is pinned on CUDA always"
+BATCH = "a rank's; the global batch is the same on any number of ranks"
+TOE = "Token Expansion (ToE)"
+LTM = "learnable token merging (LTM)"
+LABELS = "token labels (LV-ViT)"
+SMOOTHING = "label smoothing"
+MODEL = "--model picks the recipe, too"
+RANDAUGMENT = "without the program's spread of magnitudes (mstd, inc)"
+PIXELS = "erased boxes are filled with noise there, with the mean here"
+
+EXPANSION = (
+    later("--expansion-step", TOE, "+"),
+    later("--keep-rate", TOE, "+"),
+    later("--initialization-keep-rate", TOE),
+    later("--expansion-multiple-stage", TOE),
+)
+
+VITTM = Program(
+    "ViTTM",
+    ("train_lt.py",),
+    (
+        Flag("--devices", "data.global_batch", BATCH, default="1"),
+        Flag("--num-nodes", "data.global_batch", BATCH, default="1"),
+        Flag("--batch-size", "data.global_batch", BATCH),
+        Flag("--accumulations", "data.accumulation", default="1"),
+        said("--dataset", "imagenet-21k picks recipes/pretrain_21k.py, imagenet recipes/finetune_1k.py"),
+        said("--data-path", IMAGES),
+        said("--num-classes", CLASSES),
+        Flag("--num-workers", "data.workers"),
+        said("--pin-memory", PINNED, ""),
+        Flag("--epochs", "schedule.length", form="{} epochs"),
+        Flag("--warmup-steps", "schedule.warmup", form="{} steps"),
+        said("--scheduler", "the schedule is the cosine"),
+        Flag("--learning-rate", "schedule.lr"),
+        Flag("--warmup-lr", "schedule.warmup_lr"),
+        Flag("--min-lr", "schedule.min_lr"),
+        Flag("--weight-decay", "optimizer.weight_decay"),
+        Flag("--grad-clip", "optimizer.clip_norm"),
+        said("--gradnorm", "every logged step has grad_norm; runtime.norms shows it of each parameter", ""),
+        Flag("--test-batch-size", "evaluation.batch"),
+        Flag("--model", "model.name", MODEL),
+        Flag("--memory-ps", "model.memory_ps"),
+        Flag("--process-ps", "model.process_ps"),
+        Flag("--rw-head-type", "model.rw_head_type"),
+        Flag("--latent-size-scale", "model.latent_size_scale"),
+        Flag("--fusion-type", "model.fusion_type"),
+        Flag(
+            "--process-embedded-type",
+            remark="it is swallowed by **kwargs, for the model calls it process_embedder_type; ours is "
+            "model.process_embedder_type, and has an effect",
+            kind="no effect",
+        ),
+        Flag("--drop-path-rate", "model.drop_path_rate"),
+        switch("--flexi-process", "model.init_from", "blocks+flexi", "blocks", "its silent start, told here"),
+        Flag(
+            "--checkpoint-profile",
+            remark="the pretrained weights that it names are not loaded; ours is model.start, with init_from none",
+            kind="no effect",
+        ),
+        Flag("--num-ops", "augment.randaugment_ops"),
+        Flag("--magnitude", "augment.randaugment_magnitude"),
+        switch("--rand-aug", "augment.randaugment_ops", "", "0"),
+        switch("--use-mixup", "augment.mixup", "true", "false"),
+        switch("--use-cutmix", "augment.cutmix", "true", "false"),
+        Flag("--mixup-alpha", "augment.mixup_alpha"),
+        switch("--random-erasing", "augment.erasing", "0.25", "0"),
+        switch("--bce", "loss", "bce", "ce"),
+        Flag("--image-size", "augment.image_size", default="224"),
+        switch("--compile", "runtime.compile", "inductor", "off"),
+        Flag("--checkpoints-path", "run_dir"),
+        switch("--wandb", "wandb", "vittm", "", "ours takes the project's name"),
+    ),
+    {
+        "ema_decay": "0.999",
+        "runtime.precision": "bf16",
+        "optimizer.name": "adamw",
+        "model.process_embedder_type": "patch",
+    },
+)
+
+DEIT = Program(
+    "DeiT with ToE",
+    ("main.py",),
+    (
+        Flag("--model", "model.name", MODEL),
+        Flag("--patch-size", "model.patch_size"),
+        Flag("--batch-size", "data.global_batch", BATCH, default="64"),
+        said("--data-path", IMAGES),
+        Flag("--output_dir", "run_dir"),
+        Flag("--num_workers", "data.workers", default="10"),
+        Flag("--seed", "seed", default="0"),
+        Flag("--epochs", "schedule.length", form="{} epochs", default="300"),
+        Flag("--warmup-epochs", "schedule.warmup", form="{} epochs", default="5"),
+        Flag("--lr", "schedule.lr", "of 512 samples; ours is that of the global batch", default="5e-4"),
+        Flag("--warmup-lr", "schedule.warmup_lr", default="1e-6"),
+        Flag("--min-lr", "schedule.min_lr", default="1e-5"),
+        Flag("--weight-decay", "optimizer.weight_decay", "ours is on norms and biases, too", default="0.05"),
+        Flag("--clip-grad", "optimizer.clip_norm", default="0"),
+        Flag("--drop-path", "model.drop_path_rate", default="0.1"),
+        Flag("--input-size", "augment.image_size", default="224"),
+        Flag("--model-ema-decay", "ema_decay", default="0.99996"),
+        Flag("--aa", "augment.randaugment_magnitude", RANDAUGMENT, default="rand-m9-mstd0.5-inc1"),
+        Flag("--reprob", "augment.erasing", PIXELS, default="0.25"),
+        Flag("--mixup", "augment.mixup_alpha", "both alphas are one here", default="0.8"),
+        Flag("--cutmix", "augment.cutmix", "its alpha is mixup's here", default="1.0"),
+        later("--smoothing", SMOOTHING, default="0.1"),
+        later("--repeated-aug", "repeated augmentation; on unless --no-repeated-aug is given", ""),
+        said("--no-repeated-aug", "no sample is repeated", ""),
+        *EXPANSION,
+    ),
+    {"loss": "ce", "runtime.precision": "fp16", "optimizer.name": "adamw", "model.init_from": "none"},
+)
+
+LV_VIT = Program(
+    "LV-ViT with ToE",
+    ("main.py",),
+    (
+        later("--model", "LV-ViT"),
+        Flag("-b --batch-size", "data.global_batch", BATCH),
+        Flag("--output", "run_dir"),
+        Flag("--img-size", "augment.image_size"),
+        Flag("--drop-path", "model.drop_path_rate"),
+        later("--token-label", LABELS, ""),
+        later("--token-label-data", LABELS),
+        later("--token-label-size", LABELS),
+        said("--model-ema", "an average is kept unless ema_decay is 0", ""),
+        switch("--apex-amp", "runtime.precision", "fp16", "fp32"),
+        *EXPANSION,
+    ),
+    waits="LV-ViT and its token labels",
+)
+
+EFFICIENT_TRAIN = Program(
+    "EfficientTrain with ToE",
+    ("ET_training.py",),
+    (
+        said("--data_path", IMAGES),
+        Flag("--output_dir", "run_dir"),
+        Flag("--model", "model.name", MODEL),
+        said("--final_bs", "whatever it is, the program accumulates to a global batch of 4096"),
+        Flag("--epochs", "schedule.length", form="{} epochs", default="300"),
+        said("--num_gpus", "the global batch is the same on any number of ranks: accelerate launch --num_processes"),
+        Flag("--num_workers", "data.workers", default="10"),
+        # Of the commands that it starts, by model.
+        Flag("--use_amp", "runtime.precision", form="fp16", default="true"),
+        Flag("--clip_grad", "optimizer.clip_norm", default="5.0"),
+        *EXPANSION,
+    ),
+    {
+        "data.global_batch": "4096",
+        "schedule.lr": "4e-3",
+        "schedule.warmup": "20 epochs",
+        "model.drop_path_rate": "0.1",
+        "loss": "ce",
+        "optimizer.name": "adamw",
+        "model.init_from": "none",
+    },
+)
+
+YOLOS = Program(
+    "YOLOS with ToE",
+    ("main.py",),
+    (
+        *(later(name, "detection") for name in ("--coco_path", "--backbone_name", "--pre_trained", "--eval_size")),
+        *(later(name, "detection", "+") for name in ("--init_pe_size", "--mid_pe_size")),
+        Flag("--batch_size", "data.global_batch", BATCH),
+        Flag("--lr", "schedule.lr"),
+        Flag("--epochs", "schedule.length", form="{} epochs"),
+        Flag("--output_dir", "run_dir"),
+        Flag("--num_workers", "data.workers"),
+        *EXPANSION,
+    ),
+    waits="detection on COCO",
+)
+
+TIMM = Program(
+    "LTM (timm)",
+    ("distributed_train.sh", "train.py"),
+    (
+        Flag("--model", "model.name", f"ltm_*: not there yet: {LTM}"),
+        Flag("-b --batch-size", "data.global_batch", BATCH, default="128"),
+        Flag("--workers -j", "data.workers", default="4"),
+        said("--pin-mem", PINNED, ""),
+        said("--sched", "the schedule is the cosine"),
+        Flag("--epochs", "schedule.length", form="{} epochs", default="300"),
+        Flag("--min-lr", "schedule.min_lr"),
+        Flag("--lr", "schedule.lr"),
+        Flag("--warmup-lr", "schedule.warmup_lr"),
+        Flag("--warmup-epochs", "schedule.warmup", form="{} epochs"),
+        Flag("--opt", "optimizer.name"),
+        Flag("--weight-decay", "optimizer.weight_decay", "ours is on norms and biases, too"),
+        Flag("--model-ema-decay", "ema_decay", default="0.9998"),
+        switch("--model-ema", "ema_decay", "", "0"),
+        Flag("--aa", "augment.randaugment_magnitude", RANDAUGMENT),
+        later("--remode", PIXELS),
+        Flag("--reprob", "augment.erasing", default="0"),
+        switch("--amp", "runtime.precision", "fp16", "fp32"),
+        later("--smoothing", SMOOTHING),
+        Flag("--checkpoint-hist", "checkpoint.keep"),
+        later("--compression-ratio", f"{LTM}; the authors' public code has no such flag"),
+        Flag("--output", "run_dir"),
+    ),
+    {"loss": "ce", "model.init_from": "none", "augment.mixup": "false", "augment.cutmix": "false"},
+)
+
+T2T = Program("T2T-ViT (mmpretrain)", ("train.py",), (), waits="T2T-ViT; its command has no flags, but a config file")
+
+LAUNCHERS = Program(
+    "launchers",
+    (),
+    (
+        said("CUDA_VISIBLE_DEVICES", "it works as everywhere"),
+        Flag("--nproc_per_node", "data.global_batch", "accelerate launch --num_processes"),
+        said("--master_port", "accelerate launch --main_process_port"),
+        said("--use_env", "it is so always", ""),
+    ),
+)
+PROGRAMS = {
+    "vittm": VITTM,
+    "deit": DEIT,
+    "lvvit": LV_VIT,
+    "efficienttrain": EFFICIENT_TRAIN,
+    "yolos": YOLOS,
+    "timm": TIMM,
+    "t2t": T2T,
+}
+SCRIPTS = {script for program in PROGRAMS.values() for script in program.scripts}
