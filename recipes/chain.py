@@ -5,6 +5,8 @@ Stages:   pretrain (recipes/pretrain_21k.py), then finetune (recipes/finetune_1k
           heads, then evaluate (of the averaged weights, on finetune's validation data or --evaluate.data) and export
           (of the same, in timm's layout). When the command is run again, a finished stage is skipped, an interrupted
           one resumed.
+Variants: --variant adamw, shampoo, authors, authors-shampoo: as recipes/pretrain_21k.py has them; fine-tuning is with
+          the same optimizer, and from what was pretrained in all of them.
 Data, hardware, time, top-1: as those two files say.
 Options:  --STAGE.FIELD overrides a stage's field (--evaluate.data, --export.onnx); the runtime's device and
           processes are pretrain's for the whole launch.
@@ -20,6 +22,10 @@ from pipeline.optim.table import describe
 from pipeline.recipe import Recipe, parse
 from recipes import finetune_1k, pretrain_21k
 
+VARIANTS = pretrain_21k.VARIANTS
+FINETUNED = {"adamw": "adamw", "shampoo": "shampoo", "authors": "adamw", "authors-shampoo": "shampoo"}
+"""Fine-tuning starts from what was pretrained in every variant, as the authors mean it."""
+
 
 @dataclass(frozen=True)
 class Chain:
@@ -31,11 +37,11 @@ class Chain:
     export: chain.Exporting = field(default_factory=chain.Exporting)
 
 
-def make(model: str, small: bool) -> Chain:
+def make(model: str, small: bool, variant: str = VARIANTS[0]) -> Chain:
     run_dir = f"runs/debug/chain/{model}" if small else f"runs/chain/{model}"
-    pretrain = dataclasses.replace(pretrain_21k.make(model, small), run_dir="pretrain")
-    finetune = dataclasses.replace(finetune_1k.make(model, small), run_dir="finetune")
-    return Chain(pretrain, finetune, run_dir)
+    pretrain = dataclasses.replace(pretrain_21k.make(model, small, variant), run_dir="pretrain")
+    finetune = dataclasses.replace(finetune_1k.make(model, small, FINETUNED[variant]), run_dir="finetune")
+    return Chain(pretrain, finetune, run_dir if variant == VARIANTS[0] else f"{run_dir}-{variant}")
 
 
 def stages(of: Chain) -> list[chain.Stage]:
@@ -54,5 +60,5 @@ def _on(recipe: Recipe, asked: chain.Evaluating) -> chain.Evaluating:
 
 if __name__ == "__main__":
     options, rest = chain.take_options(sys.argv[1:])
-    chosen = parse(make, pretrain_21k.MODELS, f"{__doc__}\n{chain.USAGE}\n{describe()}", rest)
+    chosen = parse(make, pretrain_21k.MODELS, f"{__doc__}\n{chain.USAGE}\n{describe()}", rest, VARIANTS)
     chain.run(stages(chosen), chosen.run_dir, chosen.pretrain.runtime, options)

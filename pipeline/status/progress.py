@@ -74,11 +74,11 @@ def best_evaluation(facts: Facts) -> Best | None:
 
 
 def _total(facts: Facts) -> int | None:
-    length, per_epoch = facts.recipe.get("schedule.length"), steps_per_epoch(facts)
-    if not isinstance(length, str) or (per_epoch is None and "step" not in length):
+    length, per_epoch, batch = facts.recipe.get("schedule.length"), steps_per_epoch(facts), global_batch(facts)
+    if not isinstance(length, str) or not batch or (per_epoch is None and "epoch" in length):
         return None
     try:
-        return num_steps(length, per_epoch or 0)
+        return num_steps(length, per_epoch or 0, batch)
     except UserError:
         return None
 
