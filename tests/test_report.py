@@ -12,9 +12,12 @@ import browser
 import numpy as np
 import pytest
 
+from pipeline.record import read_recipe
 from pipeline.report.__main__ import main
 from pipeline.report.curves import MAX_POINTS, thinned
 from pipeline.status import read_facts
+from pipeline.status.words import large
+from pipeline.telemetry.flops import forward_flops
 
 HOSTILE = "</script><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>"
 
@@ -88,7 +91,9 @@ def test_the_figures_of_both_stages(page, finished):
         cells = page.rows[name]
         assert [*cells[:2], cells[-1]] == [format(factor * number, form) for number in (*hours, sum(hours))]
     assert page.rows["augment.mixup"][:2] == ["false", "true"], "what differs comes first"
-    assert float(page.rows["Floating-point operations of training"][-1]) > 256 * 3 * 2 * 20_000
+    flops = [128 * 3 * forward_flops(read_recipe(facts.path), 5, 2) for facts in (pretrain, finetune)]
+    assert sum(flops) > 256 * 3 * 2 * 20_000, "a multiplication and an addition a weight, at least"
+    assert page.rows["Floating-point operations of training"][-1] == f"{large(sum(flops))}FLOP"
 
 
 def test_the_curves_are_the_metrics(page, finished):

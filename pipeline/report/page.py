@@ -61,6 +61,7 @@ class RunPart:
     facts: Facts
     pictures: Part[list[Shown]]
     mistakes: Part[Mistakes]
+    evaluation: list[tuple[str, str]]
     attempts: Table
     remarks: tuple[str, ...]
     files: tuple[str, ...]
@@ -92,6 +93,7 @@ def render(paths: Sequence[Path], price: float | None) -> str:
     named = zip(run_paths, labels(run_paths), strict=True)
     runs = [_run(place, path, label, kinds.get(path.absolute(), TRAIN)) for place, (path, label) in enumerate(named)]
     found = [run.facts for run in runs]
+    with_recipe = [run for run in runs if run.facts.recipe]
     series = [curves.Series(run.label, run.facts) for run in runs]
     plots, costs = curves.plots(series), [_cost(facts, price) for facts in found]
     scripts = {"plotly": get_plotlyjs(), "ours": (TEMPLATE / "page.js").read_text()}
@@ -109,7 +111,8 @@ def render(paths: Sequence[Path], price: float | None) -> str:
             summary=tables.summary(found),
             costs=tables.costs(costs, price is not None),
             price=price,
-            recipes=tables.recipes(found),
+            with_recipe=with_recipe,
+            recipes=tables.recipes([run.facts for run in with_recipe]),
             style=Markup((TEMPLATE / "page.css").read_text()),
             scripts={name: Markup(text) for name, text in scripts.items()},
             allowed=" ".join(f"'{_hash(text)}'" for text in scripts.values()),
@@ -126,7 +129,6 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters |= {"text": tables.text_of}
     return found
 
 
@@ -148,6 +150,7 @@ def _run(place: int, path: Path, label: str, kind: str) -> RunPart:
         facts,
         _part(lambda: shown(path)) if trained else Part(None),
         _part(lambda: worst_mistakes(path)) if trained else Part(None),
+        tables.evaluation(facts),
         tables.attempts(facts),
         tuple(tables.remarks(facts)),
         _files(path),

@@ -26,6 +26,7 @@ TITLES = {
 class Shown:
     title: str
     step: int
+    width: int
     uri: str
 
 
@@ -41,7 +42,7 @@ def _shown(run_dir: Path) -> Iterator[Shown]:
         events = EventAccumulator(str(file), {IMAGES: 1, SCALARS: 1, COMPRESSED_HISTOGRAMS: 1}).Reload()
         for name in left.keys() & events.Tags()["images"]:
             last = events.Images(name)[-1]
-            found[name] = Shown(left.pop(name), last.step, smaller(last.encoded_image_string))
+            found[name] = Shown(left.pop(name), last.step, last.width, smaller(last.encoded_image_string))
         if "samples" in found:  # a model without attention never shows the others
             break
     yield from (found[name] for name in TITLES if name in found)

@@ -54,7 +54,7 @@ def costs(found: Sequence[Cost], priced: bool) -> list[Row]:
         "Parameters": lambda cost: _large(cost.parameters),
         "Processes (a GPU each, where there are some)": lambda cost: _large(cost.world),
         "Process hours (GPU hours)": lambda cost: f"{cost.hours:,.3g}" if cost.hours is not None else NOTHING,
-        "Floating-point operations of training": lambda cost: f"{cost.flops:.3g}" if cost.flops else NOTHING,
+        "Floating-point operations of training": lambda cost: f"{large(cost.flops)}FLOP" if cost.flops else NOTHING,
     }
     if priced:
         rows["Price"] = lambda cost: f"{cost.price:,.2f}" if cost.price is not None else NOTHING
@@ -85,6 +85,11 @@ def attempts(facts: Facts) -> Table:
     return Table(heads, tuple(rows))
 
 
+def evaluation(facts: Facts) -> list[tuple[str, str]]:
+    """What a stage that evaluates found; shares in per cent."""
+    return [(name, _score(name, value)) for name, value in facts.evaluation.items()]
+
+
 def text_of(value: object) -> str:
     """Any value of a JSON file, on one line."""
     if value is None or value == "":
@@ -92,6 +97,13 @@ def text_of(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {text_of(inner)}" for name, inner in value.items()) or NOTHING
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def _score(name: str, value: object) -> str:
+    found = number(value)
+    if isinstance(value, float) and found is not None:
+        return f"{found:.2%}" if name.endswith(("top1", "top5")) else f"{found:.4g}"
+    return text_of(value)
 
 
 def _told(name: str, value: object) -> str:
@@ -159,7 +171,7 @@ def _commit(facts: Facts) -> str:
 
 
 def _counted(lines: Callable[[Facts], Sequence[Any]]) -> Callable[[Facts], str]:
-    return lambda facts: f"{len(lines(facts)):,}" if facts.begun else NOTHING
+    return lambda facts: f"{len(lines(facts)):,}" if facts.recipe or facts.attempts else NOTHING
 
 
 def _large(value: float | None) -> str:
