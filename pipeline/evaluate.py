@@ -3,29 +3,53 @@
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.augment.device import normalise
-from pipeline.backend import Backend, Stopped
+from pipeline.backend import Stopped, World
 from pipeline.data.batch import PADDING, UNREADABLE, Batch
 from pipeline.loss import heads_of
 
 Variants = Mapping[str, Callable[[], AbstractContextManager]]
 
 
+class Engine(Protocol):
+    """The part of a Backend that is needed here."""
+
+    @property
+    def world(self) -> World: ...
+    @property
+    def module(self) -> nn.Module: ...
+    def autocast(self) -> AbstractContextManager: ...
+
+
+class Judge(Protocol):
+    """Another figure of each head: a float [B] of logits float [B, C] and their batch, 0 where an image is unreadable;
+    its sum over all ranks is divided by `num_samples`."""
+
+    @property
+    def num_samples(self) -> int: ...
+    def __call__(self, logits: Tensor, batch: Batch) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Evaluator:
-    """Evaluates a backend's model and its variants (prefix of the metric's name -> context that swaps weights in)."""
+    """Evaluates a backend's model and its variants (prefix of the metric's name -> context that swaps weights in).
 
-    backend: Backend
+    `judges`: more figures, by name; `normalise`: uint8 [B, 3, H, W] to what the model takes."""
+
+    backend: Engine
     head_names: tuple[str, ...]
     variants: Variants
     num_samples: int
+    judges: Mapping[str, Judge] = field(default_factory=dict)
+    normalise: Callable[[Tensor], Tensor] = normalise
 
     def __call__(self, batches: Iterable[Batch]) -> dict[str, float] | None:
         """{"memory_top1": .., "memory_top5": .., "memory_loss": .., ..., "unreadable": ..}: shares of the split's
@@ -35,6 +59,7 @@ class Evaluator:
         Raises RuntimeError unless exactly `num_samples` samples were counted.
         """
         module = self.backend.module
+        was_training = module.training
         module.eval()
         totals: dict[str, Tensor] = {}
         try:
@@ -43,7 +68,7 @@ class Evaluator:
         except Stopped:
             return None
         finally:
-            module.train()
+            module.train(was_training)
         return self._reduce(totals)
 
     def _arriving(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -61,12 +86,13 @@ class Evaluator:
     def _add(self, totals: dict[str, Tensor], batch: Batch) -> None:
         known = batch.ids != PADDING
         kept = known.to(batch.labels.device)
-        images, labels = normalise(batch.images), batch.labels
+        images, labels = self.normalise(batch.images), batch.labels
         for prefix, variant in self.variants.items():
             with variant(), self.backend.autocast():
                 outputs = heads_of(self.backend.module(images))
             for name, logits in zip(self.head_names, outputs, strict=True):
-                counts = torch.stack([*_scores(logits.float(), labels)])[:, kept].double().sum(dim=1)
+                judged = [judge(logits, batch) for judge in self.judges.values()]
+                counts = torch.stack([*_scores(logits.float(), labels), *judged])[:, kept].double().sum(dim=1)
                 totals[prefix + name] = totals.get(prefix + name, 0) + counts
         counted = torch.tensor([known.sum(), len(batch.bad)], dtype=torch.float64)  # on the CPU: it waits for no device
         totals["samples"] = totals.get("samples", 0) + counted
@@ -81,6 +107,7 @@ class Evaluator:
                 "be wrong; this is a defect of the stream, please report it with the launch command"
             )
         counts = {"top1": samples, "top5": samples, "loss": max(1.0, samples - unreadable)}
+        counts |= {name: judge.num_samples for name, judge in self.judges.items()}
         keys = [(f"{name}_{count}", number) for name in totals for count, number in counts.items()]
         values = {key: total / number for (key, number), total in zip(keys, sums, strict=True)}
         return values | {"unreadable": unreadable}
@@ -94,8 +121,12 @@ def _scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def head_names(model: nn.Module) -> tuple[str, ...]:
-    """What a model calls its heads ("memory" and "process" of ViTTM), made to return all of them in evaluation."""
+    """What a model calls its heads, made to return all of them in evaluation."""
     if hasattr(model, "eval_head"):
         setattr(model, "eval_head", "both")  # noqa: B010 - nn.Module's own attributes are typed as tensors
-        return ("memory", "process")
-    return ("head",)
+    return names_of_heads(model)
+
+
+def names_of_heads(model: nn.Module) -> tuple[str, ...]:
+    """ "memory" and "process" of ViTTM, "head" of a model with one."""
+    return ("memory", "process") if hasattr(model, "eval_head") else ("head",)

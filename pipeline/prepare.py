@@ -31,15 +31,9 @@ from pipeline.loss import SummedOverHeads
 from pipeline.models.build import give_start, make_model
 from pipeline.optim import WarmupCosine
 from pipeline.recipe import Recipe, flatten
-from pipeline.record import (
-    Record,
-    Setting,
-    check_same_recipe,
-    check_writable,
-    hardware,
-    keep_recipe,
-    kept_metrics,
-)
+from pipeline.record import check_same_recipe, check_writable, keep_classes, keep_recipe, kept_metrics
+from pipeline.record.attempts import Setting, hardware
+from pipeline.record.record import Record
 from pipeline.run import Durations, Input, Learner, Run, Telemetry
 from pipeline.telemetry.figures import Figures
 from pipeline.telemetry.flops import forward_flops, peak_flops
@@ -66,12 +60,9 @@ def prepare(recipe: Recipe, world: World) -> Run:
     Raises UserError for whatever cannot work, and Stopped where a rank is signalled to stop. Of a dry run nothing is
     written.
     """
-    validate(recipe)
-    optim.table.check(recipe.optimizer.name, world.strategy)
-    check_installed(recipe.wandb)
+    check(recipe, world)
     run_dir = Path(recipe.run_dir)
     check_writable(run_dir)
-    check_layout(make_layout(recipe, world), world.strategy)
     make_deterministic(recipe)
     if recipe.data.workers:
         serve_workers()
@@ -109,7 +100,16 @@ def prepare(recipe: Recipe, world: World) -> Run:
     record.trackers += open_trackers(recipe.wandb, run_dir, flatten(recipe), world)
     if world.is_main:
         keep_recipe(run_dir, recipe)
+        keep_classes(run_dir, index.classes)
     return run
+
+
+def check(recipe: Recipe, world: World) -> None:
+    """Raises UserError for what the recipe and the launch alone show not to work."""
+    validate(recipe)
+    optim.table.check(recipe.optimizer.name, world.strategy)
+    check_installed(recipe.wandb)
+    check_layout(make_layout(recipe, world), world.strategy)
 
 
 def begin(run: Run, newest: Path | None) -> None:

@@ -17,7 +17,8 @@ from pipeline.ema import EMA
 from pipeline.evaluate import Evaluator
 from pipeline.optim import WarmupCosine
 from pipeline.recipe import Recipe
-from pipeline.record import Record, code_version
+from pipeline.record import code_version
+from pipeline.record.record import Record
 from pipeline.sharded import Shard
 from pipeline.telemetry.figures import Figures
 from pipeline.telemetry.pictures import no_maps, no_samples

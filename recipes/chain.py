@@ -2,20 +2,29 @@
 
 Command:  accelerate launch --config_file ds_configs/ddp_gpu8.yaml recipes/chain.py --model vittm_base
 Stages:   pretrain (recipes/pretrain_21k.py), then finetune (recipes/finetune_1k.py) from its averaged weights with new
-          heads. A finished stage is skipped when the command is run again, an interrupted one resumed.
+          heads, then evaluate (of the averaged weights, on finetune's validation data or --evaluate.data) and export
+          (of the same, in timm's layout). When the command is run again, a finished stage is skipped, an interrupted
+          one resumed.
+Variants: --variant adamw, shampoo, authors, authors-shampoo: as recipes/pretrain_21k.py has them; fine-tuning is with
+          the same optimizer, and from what was pretrained in all of them.
 Data, hardware, time, top-1: as those two files say.
-Options:  --pretrain.FIELD and --finetune.FIELD override a stage's recipe; the runtime's device and processes are
-          pretrain's for the whole launch.
+Options:  --STAGE.FIELD overrides a stage's field (--evaluate.data, --export.onnx); the runtime's device and
+          processes are pretrain's for the whole launch.
 Debug:    --debug runs both debug forms, on any machine, in two minutes.
 """
 
 import dataclasses
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, field
 
 from pipeline import chain
 from pipeline.optim.table import describe
 from pipeline.recipe import Recipe, parse
 from recipes import finetune_1k, pretrain_21k
+
+VARIANTS = pretrain_21k.VARIANTS
+FINETUNED = {"adamw": "adamw", "shampoo": "shampoo", "authors": "adamw", "authors-shampoo": "shampoo"}
+"""Fine-tuning starts from what was pretrained in every variant, as the authors mean it."""
 
 
 @dataclass(frozen=True)
@@ -24,19 +33,32 @@ class Chain:
     finetune: Recipe
     run_dir: str
     """Where the stages' run directories lie."""
+    evaluate: chain.Evaluating = field(default_factory=chain.Evaluating)
+    export: chain.Exporting = field(default_factory=chain.Exporting)
 
 
-def make(model: str, small: bool) -> Chain:
+def make(model: str, small: bool, variant: str = VARIANTS[0]) -> Chain:
     run_dir = f"runs/debug/chain/{model}" if small else f"runs/chain/{model}"
-    pretrain = dataclasses.replace(pretrain_21k.make(model, small), run_dir="pretrain")
-    finetune = dataclasses.replace(finetune_1k.make(model, small), run_dir="finetune")
-    return Chain(pretrain, finetune, run_dir)
+    pretrain = dataclasses.replace(pretrain_21k.make(model, small, variant), run_dir="pretrain")
+    finetune = dataclasses.replace(finetune_1k.make(model, small, FINETUNED[variant]), run_dir="finetune")
+    return Chain(pretrain, finetune, run_dir if variant == VARIANTS[0] else f"{run_dir}-{variant}")
 
 
 def stages(of: Chain) -> list[chain.Stage]:
-    return [chain.Stage("pretrain", of.pretrain), chain.Stage("finetune", of.finetune, start_from="pretrain")]
+    return [
+        chain.Train("pretrain", of.pretrain),
+        chain.Train("finetune", of.finetune, start_from="pretrain"),
+        chain.Evaluate("evaluate", start_from="finetune", options=_on(of.finetune, of.evaluate)),
+        chain.Export("export", start_from="finetune", options=of.export),
+    ]
+
+
+def _on(recipe: Recipe, asked: chain.Evaluating) -> chain.Evaluating:
+    """What is asked for, by default on the recipe's own validation data."""
+    return asked if asked.data else dataclasses.replace(asked, data=recipe.data.path, split=recipe.data.val)
 
 
 if __name__ == "__main__":
-    chosen = parse(make, pretrain_21k.MODELS, f"{__doc__}\n{describe()}")
-    chain.run(stages(chosen), chosen.run_dir, chosen.pretrain.runtime)
+    options, rest = chain.take_options(sys.argv[1:])
+    chosen = parse(make, pretrain_21k.MODELS, f"{__doc__}\n{chain.USAGE}\n{describe()}", rest, VARIANTS)
+    chain.run(stages(chosen), chosen.run_dir, chosen.pretrain.runtime, options)

@@ -11,6 +11,7 @@ Top-1:    on the held-out digits, measured: benchmarks/demo.jsonl.
 """
 
 import dataclasses
+import sys
 from dataclasses import dataclass
 
 from pipeline import chain
@@ -62,10 +63,10 @@ def make(model: str, small: bool) -> Demo:
 def stages(demo: Demo) -> list[chain.Stage]:
     """Pretraining, then every fine-tuning from it and, with nothing else changed, from scratch."""
     finetunings = {"": demo.finetune} | {f"few{seed}_": _few(demo.few, seed) for seed in FEW_SEEDS}
-    found = [chain.Stage("pretrain", demo.pretrain)]
+    found: list[chain.Stage] = [chain.Train("pretrain", demo.pretrain)]
     for prefix, recipe in finetunings.items():
         for name, start_from in ((f"{prefix}chain", "pretrain"), (f"{prefix}scratch", "")):
-            found.append(chain.Stage(name, dataclasses.replace(recipe, run_dir=name), start_from))
+            found.append(chain.Train(name, dataclasses.replace(recipe, run_dir=name), start_from))
     return found
 
 
@@ -78,5 +79,6 @@ def _schedule(small: bool, length: str) -> Schedule:
 
 
 if __name__ == "__main__":
-    chosen = parse(make, (MODEL,), f"{__doc__}\n{describe()}")
-    chain.run(stages(chosen), chosen.run_dir, chosen.pretrain.runtime)
+    options, rest = chain.take_options(sys.argv[1:])
+    chosen = parse(make, (MODEL,), f"{__doc__}\n{chain.USAGE}\n{describe()}", rest)
+    chain.run(stages(chosen), chosen.run_dir, chosen.pretrain.runtime, options)

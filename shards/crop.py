@@ -60,14 +60,15 @@ def decode(data: bytes) -> Image.Image:
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return _to_rgb(image)
+            return to_rgb(image)
     except UnidentifiedImageError as error:  # whose message is an address in memory
         raise ValueError(f"cannot decode an image from {len(data)} bytes: Pillow knows no such format") from error
     except Exception as error:  # Pillow's plugins raise many types on bad bytes
         raise ValueError(f"cannot decode an image from {len(data)} bytes: {error}") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """As `decode` converts it."""
     if image.mode.startswith("I"):  # Pillow's own conversion clips 16-bit grey at 255
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if "transparency" in image.info:  # the same pixels as a direct conversion, without its warning

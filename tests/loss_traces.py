@@ -56,7 +56,7 @@ def record(root: Path) -> None:
     options = options_of(data)
     for name, module, more in (("finetune_1k", finetune_1k, []), ("shampoo", pretrain_21k, SHAMPOO.split())):
         recipe = parse(module.make, module.MODELS, "", ["--debug", *options, *more, "--run-dir", name])
-        found |= fit([chain.Stage(name, recipe)], root, world)
+        found |= fit([chain.Train(name, recipe)], root, world)
     (root / "traces").mkdir()
     for name, run_dir in found.items():
         (root / "traces" / f"{name}.json").write_text(json.dumps(trace(run_dir, data), indent=1) + "\n")
@@ -74,9 +74,8 @@ def run_stages(root: Path, data: Path, world: World) -> dict[str, Path]:
 
 
 def fit(stages: Sequence[chain.Stage], root: Path, world: World) -> dict[str, Path]:
-    placed = chain.place(stages, str(root))
-    assert chain.fit_all(placed, world, root) == "done"
-    return {stage.name: Path(stage.recipe.run_dir) for stage in placed}
+    assert chain.do_all(stages, root, chain.Options(), world) == "done"
+    return {stage.name: root / stage.directory for stage in stages}
 
 
 def options_of(data: Path, prefix: str = "") -> list[str]:

@@ -92,10 +92,10 @@ def kill_at(launcher: subprocess.Popen, metrics_file: Path, num_lines: int) -> N
     kill_ranks(launcher)
 
 
-def kill_while_saving(launcher: subprocess.Popen, temporary: Path) -> None:
-    """SIGKILL to every rank of a launcher as soon as a checkpoint's temporary directory is there."""
-    while not temporary.exists():
-        assert launcher.poll() is None, f"the launch ended before {temporary} was seen"
+def kill_when_there(launcher: subprocess.Popen, path: Path) -> None:
+    """SIGKILL to every rank of a launcher as soon as a file, or a checkpoint's temporary directory, is there."""
+    while not path.exists():
+        assert launcher.poll() is None, f"the launch ended before {path} was seen"
         threading.Event().wait(POLL / 10)
     kill_ranks(launcher)
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,10 @@ import torch.nn.functional as F
 from pipeline.augment.device import normalise
 from pipeline.augment.exact import EvalTransform
 from pipeline.predict import load_run
-from pipeline.record import weights_path
+from pipeline.record import last_evaluation, weights_path
 from shards.index import Index
 from shards.reader import Reader
+from tools import provenance
 
 CHAIN = "recipes/chain.py"
 
@@ -41,23 +43,65 @@ def test_killed_at_a_random_step_and_started_again(start, chain_options, tmp_pat
     assert (killed / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
 
 
-def test_finished_stages_are_skipped_and_changed_ones_refused(start, chain_options, tmp_path):
-    run = [*chain_options, "--run-dir", str(tmp_path / "run")]
+def test_finished_stages_are_skipped_and_changed_ones_done_again_beside_them(
+    start, chain_options, tmp_path, shards, capsys
+):
+    root, run = tmp_path / "run", [*chain_options, "--run-dir", str(tmp_path / "run")]
     first = start(CHAIN, run).wait()
     assert first.codes == [0], first.outputs
     assert (
         "made new: head.weight, head.bias, process_head.weight, process_head.bias; dropped: head." in first.outputs[0]
     )
-    outcome = json.loads((tmp_path / "run" / "outcome.json").read_text())
-    assert outcome == {"outcome": "done", "step": 2, "reason": "every stage is finished"}
-    written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("run/*/weights/*")}
+    outcome = json.loads((root / "outcome.json").read_text())
+    assert outcome == {"outcome": "done", "step": 4, "reason": "every stage is finished"}
+    written = {path: path.stat().st_mtime_ns for path in root.glob("*/weights/*")}
     again = start(CHAIN, run).wait()
     assert again.codes == [0]
-    assert again.outputs[0].count("finished before, skipped") == 2
+    assert again.outputs[0].count("finished before, skipped") == 4
+    larger = [*run, "--finetune.augment.image-size", "32"]
+    listed = start(CHAIN, [*larger, "--list"]).wait()
+    assert listed.codes == [0]
+    assert [line.split()[:2] for line in listed.outputs[0].splitlines()[::2]] == [
+        ["skip", "pretrain"],
+        ["run", "finetune"],
+        ["run", "evaluate"],
+        ["run", "export"],
+    ]
+    assert not (root / "finetune-2").exists()
+    changed = start(CHAIN, larger).wait()
+    assert changed.codes == [0], changed.outputs
+    assert "its inputs changed: augment.image_size: 16 there, 32 now" in changed.outputs[0]
+    assert "loaded; resized: memory_pos_embed, process_pos_embed; made new: head.weight" in changed.outputs[0]
     assert {path: path.stat().st_mtime_ns for path in written} == written
-    changed = start(CHAIN, [*run, "--pretrain.schedule.lr", "0.5"]).wait()
-    assert changed.codes == [2]
-    assert "schedule.lr: 0.001 there, 0.5 now" in changed.outputs[0]
+    assert f"the page about it: {root}/report.html" in changed.outputs[0]
+    assert "finetune-2" in (root / "report.html").read_text()
+    evaluated = json.loads((root / "evaluate-2" / "evaluation.json").read_text())
+    recorded = last_evaluation(root / "finetune-2")
+    figures = {f"ema_{name}": value for name, value in evaluated.items() if name.startswith(("memory", "process"))}
+    assert len(figures) == 6
+    assert figures == {name: recorded[name] for name in figures}
+    kept = json.loads((root / "export-2" / "provenance.json").read_text())
+    pretraining = kept["start"]["made_by"]["start"]["made_by"]
+    assert kept["start"]["made_by"]["directory"] == str(root / "finetune-2")
+    hashes = {shard.name: shard.sha256 for shard in Index.load(shards).split("train").shards}
+    assert pretraining["splits"]["train"]["shards"] == hashes
+    weights = root / "export-2" / "timm" / "model.safetensors"
+    assert provenance_of(weights, capsys)[-1] == "everything that is still there is as it was noted"
+    told = provenance_of(weights, capsys, "--shards")
+    assert [line.split(":")[0] for line in told if not line.startswith(" ")] == ["export", "finetune", "pretrain"]
+    assert all(f"    {name}: sha256 {value}" in told for name, value in hashes.items())
+    others = shutil.copytree(shards, tmp_path / "others")
+    manifest = json.loads((others / "index.json").read_text())
+    manifest["classes"][0] = "renamed"
+    (others / "index.json").write_text(json.dumps(manifest))
+    stale = start(CHAIN, [text.replace(str(shards), str(others)) for text in [*larger, "--list"]]).wait()
+    assert stale.outputs[0].count("run ") == 4
+    assert stale.outputs[0].count("data of train: ") == 2
+
+
+def provenance_of(path, capsys, *options):
+    assert provenance.main([str(path), *(options or ("--check",))]) == 0
+    return capsys.readouterr().out.splitlines()
 
 
 @torch.no_grad()

@@ -27,10 +27,11 @@ LAYERS = (  # of pipeline, low to high: a module imports lower ones, and none of
     {"validate", "augment", "models", "optim", "checkpoint", "backend", "ema", "loss"},
     {"data", "footprint"},
     {"evaluate", "record", "best", "divergence", "telemetry"},
-    {"run", "watch"},
+    {"run", "watch", "status"},
     {"prepare", "preflight", "launch"},
-    {"trainer", "predict", "report"},
-    {"chain", "export"},
+    {"trainer", "predict", "export"},
+    {"report"},
+    {"chain"},
 )
 MAY_USE_EXTRAS = {"shards": ("data", "ray"), "pipeline": ("export", "wandb"), "tools": ("demo",)}
 TORCH = {"torch", "torchvision", "timm"}

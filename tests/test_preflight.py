@@ -102,10 +102,10 @@ def test_dry_runs_of_a_chain(start, chain_options, tmp_path):
     options = [*chain_options, "--run-dir", str(tmp_path / "run"), "--pretrain.dry-run"]
     first = start(CHAIN, options).wait()
     assert first.codes == [0], first.outputs
-    assert "stage finetune: not looked at after a dry run; give --finetune.dry-run" in first.outputs[0]
+    assert "stage finetune: no dry run of it was asked for" in first.outputs[0]
     both = start(CHAIN, [*options, "--finetune.dry-run"]).wait()
     assert both.codes == [0], both.outputs
-    assert "stage finetune: looked at without its start weights, which pretrain will leave" in both.outputs[0]
+    assert "stage finetune: looked at without the weights that pretrain will leave" in both.outputs[0]
     assert both.outputs[0].count("dry run: nothing was trained") == 2
     assert not [*tmp_path.rglob("*.json*")]
 

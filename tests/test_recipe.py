@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 
-from pipeline import chain
 from pipeline.recipe import Augment, Checkpoint, Data, Recipe, Schedule, flatten, parse
 from pipeline.validate import num_steps, validate
 from recipes import chain as chain_recipe
@@ -180,17 +179,3 @@ def test_everything_wrong_is_listed_together():
         "augment.crop_scale",
         "augment.mixup_alpha",
     ]
-
-
-def test_a_stage_starts_from_an_earlier_one_and_from_nothing_else():
-    first, second = chain.Stage("a", Recipe(run_dir="a")), chain.Stage("b", Recipe(run_dir="b"), start_from="a")
-    placed = chain.place([first, second], "root")
-    assert [stage.recipe.run_dir for stage in placed] == ["root/a", "root/b"]
-    assert placed[1].recipe.model.start == "root/a/weights/ema.safetensors"
-    with pytest.raises(UserError, match=r"stage 'b' starts from 'a', but before it come only \[\]"):
-        chain.place([second, first], "root")
-    twice = dataclasses.replace(
-        second, recipe=dataclasses.replace(second.recipe, model=dataclasses.replace(second.recipe.model, start="x"))
-    )
-    with pytest.raises(UserError, match=r"stage 'b' starts from stage 'a', but its model\.start names x: only one can"):
-        chain.place([first, twice], "root")

@@ -4,7 +4,8 @@ import json
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipeline.record import Record, forget_outcome, last_evaluation, last_step, read_outcome, write_outcome
+from pipeline.record import forget_outcome, last_evaluation, last_step, read_outcome, write_outcome
+from pipeline.record.record import Record
 
 VALUES = {"epoch": 0.5, "loss": 1.0, "lr": 0.1, "grad_norm": 2.0}
 

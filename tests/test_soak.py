@@ -13,7 +13,6 @@ pytestmark = pytest.mark.soak
 LAUNCH_FILES = ("ddp_cpu2", "fsdp_cpu2", "zero1_cpu2", "zero2_cpu2", "zero3_cpu2")
 FINETUNE, CHAIN = "recipes/finetune_1k.py", "recipes/chain.py"
 STEPS = 20
-KILLS = 5
 TOLERANCE = 1e-5
 
 
@@ -38,28 +37,35 @@ def test_launch_files_side_by_side(start, small, tmp_path, accumulation):
 
 
 @pytest.mark.parametrize("launch_file", LAUNCH_FILES)
-def test_killed_again_and_again(chain_options, tmp_path, launch_file):
+def test_killed_in_each_stage_and_between_them(chain_options, tmp_path, launch_file):
     seed = random.SystemRandom().randrange(1 << 32)
     print(f"\n{launch_file}: seed {seed}")
-    moments = random.Random(seed)
-    launched(launch_file, CHAIN, [*chain_options, "--run-dir", str(tmp_path / "whole")], tmp_path / "whole.log")
+    whole = tmp_path / "whole"
+    launched(launch_file, CHAIN, [*chain_options, "--run-dir", str(whole)], tmp_path / "whole.log")
     chain_options += ["--pretrain.data.workers", "1", "--finetune.data.workers", "2"]  # which alters nothing
-    for kill in range(KILLS):
-        killed, log = tmp_path / f"killed-{kill}", tmp_path / f"killed-{kill}.log"
-        stage, lines, step = moments.choice(["pretrain", "finetune"]), moments.randint(1, 7), moments.choice([2, 4, 6])
+    for number, moment in enumerate(moments(random.Random(seed))):
+        killed, log = tmp_path / f"killed-{number}", tmp_path / f"killed-{number}.log"
         launcher = ranks.accelerate(launch_file, CHAIN, [*chain_options, "--run-dir", str(killed)], log)
-        if kill % 2:
-            ranks.kill_while_saving(launcher, killed / stage / "checkpoints" / f"step-{step:08d}.tmp")
-            left = [path.name for path in sorted((killed / stage / "checkpoints").iterdir())]
-            moment = f"while it saved step {step} of {stage}, which left {left}"
+        if isinstance(moment, int):
+            stage = "pretrain" if moment < 0 else "finetune"
+            ranks.kill_at(launcher, killed / stage / "metrics.jsonl", abs(moment))
         else:
-            ranks.kill_at(launcher, killed / stage / "metrics.jsonl", lines)
-            moment = f"after line {lines} of {stage}"
+            ranks.kill_when_there(launcher, killed / moment)
         assert launcher.wait(ranks.PATIENCE) == 1
         launched(launch_file, CHAIN, [*chain_options, "--run-dir", str(killed)], log)
         for name in ("pretrain", "finetune"):
-            assert ranks.metrics(killed / name) == ranks.metrics(tmp_path / "whole" / name), moment
-        print(f"killed {moment}: resumed bitwise")
+            assert ranks.metrics(killed / name) == ranks.metrics(whole / name), moment
+        for weights in ("finetune/weights/ema.safetensors", "export/timm/model.safetensors"):
+            assert (killed / weights).read_bytes() == (whole / weights).read_bytes(), moment
+        print(f"killed at {moment}: the same weights")
+
+
+def moments(draws: random.Random) -> list[int | str]:
+    """When a chain is killed: after so many lines of metrics (below 0 the first stage's), or as soon as there is a
+    checkpoint's temporary directory, or a file that is written between two stages."""
+    saving = [f"{stage}/checkpoints/step-{draws.choice([2, 4, 6]):08d}.tmp" for stage in ("pretrain", "finetune")]
+    between = ["pretrain/outcome.json", "finetune/provenance.json", "finetune/outcome.json", "export/provenance.json"]
+    return [-draws.randint(1, 7), draws.randint(1, 7), *saving, *between]
 
 
 def test_the_demo_from_end_to_end(tmp_path):

@@ -12,7 +12,9 @@ from strategies import (
     SPIKE,
     WATCHED,
     ZERO,
+    Injured,
     Spiked,
+    Whole,
     check_cut,
     check_reads,
     fit_injured,
@@ -119,12 +121,13 @@ VARIANTS = {
 
 
 def fit_variant(variant: Variant, strategies: tuple[str, ...], data: Path, root: Path) -> None:
-    """Per strategy an injured run without and with the options, and the latter again from its middle checkpoint."""
-    world = start("cpu")
+    """Per strategy an injured run without and with the options, and the latter again from its middle checkpoint. In
+    fp16 none is injured: a step whose gradients are no numbers is computed again there, at half the scale."""
+    world, kind = start("cpu"), Whole if "fp16" in variant.options else Injured
     for strategy in strategies:
         placed, options = place(world, strategy, root), variant.options.split()
-        fit_injured(recipe_of(data, root / f"{strategy}-plain", STEPS), placed)
-        fit_injured(recipe_of(data, root / strategy, STEPS, options), placed)
+        fit_injured(recipe_of(data, root / f"{strategy}-plain", STEPS), placed, kind)
+        fit_injured(recipe_of(data, root / strategy, STEPS, options), placed, kind)
         assert fit(recipe_of(data, half_of(root / strategy, world), STEPS, options), placed) == "done"
     leave(0)
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import ranks
 from torch.utils import cpp_extension
 
-from pipeline.backend.toolchain import LONGEST_BUILD, build_kernel, building_alone
+from pipeline.backend.toolchain import LONGEST_BUILD, LONGEST_LINK, build_kernel, building_alone, remove_cut_libraries
 
 
 def hold(directory: Path, entered: Path, let_go: Path) -> None:
@@ -86,3 +87,20 @@ def test_another_programs_build_is_waited_for(tmp_path, capfd):
     told = capfd.readouterr().err
     assert "waiting up to 300 s for another program that holds" in told
     assert "if none builds, remove it" in told
+
+
+def test_libraries_that_a_killed_compilation_cut_short_are_removed(tmp_path, capfd):
+    source, whole = tmp_path / "seven.c", tmp_path / "ab" / "whole.so"
+    source.write_text("int seven(void) { return 7; }")
+    whole.parent.mkdir()
+    subprocess.run(["g++", "-shared", "-fPIC", str(source), "-o", str(whole)], check=True)
+    content = whole.read_bytes()
+    cut = {whole.with_name(f"cut-{size}.so"): size for size in (0, 63, 64, len(content) // 2, len(content) - 1)}
+    for path, size in cut.items():
+        path.write_bytes(content[:size])
+    (tmp_path / "young.so").touch()
+    for path in (whole, *cut):
+        os.utime(path, times=(0, time.time() - 2 * LONGEST_LINK))
+    remove_cut_libraries(tmp_path)
+    assert sorted(tmp_path.rglob("*.so")) == [whole, tmp_path / "young.so"]
+    assert capfd.readouterr().err.count("was cut short by a compilation that was killed: removed") == len(cut)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline.augment.choices import CROP_ATTEMPTS, CROP_DRAWS
 
+Channels = tuple[float, ...]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 ERASING_DRAWS = 1 + CROP_DRAWS  # erase or not, then as a crop
@@ -19,21 +20,20 @@ ERASING_RATIO = (0.3, 3.3)
 
 
 @functools.cache
-def _channel_constants(device: torch.device) -> tuple[Tensor, Tensor]:
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return mean, std
+def _channel_constants(device: torch.device, *constants: Channels) -> list[Tensor]:
+    return [torch.tensor(values, device=device).view(3, 1, 1) for values in constants]
 
 
-def normalise(images: Tensor) -> Tensor:
-    """uint8 [B, 3, H, W], in any memory format -> contiguous float32 of the same shape, with ImageNet's mean and
-    deviation of pixels in 0 to 1."""
-    mean, std = _channel_constants(images.device)
+def normalise(images: Tensor, mean_of: Channels = IMAGENET_MEAN, std_of: Channels = IMAGENET_STD) -> Tensor:
+    """uint8 [B, 3, H, W], in any memory format -> contiguous float32 of the same shape, by the mean and deviation of
+    pixels in 0 to 1."""
+    mean, std = _channel_constants(images.device, mean_of, std_of)
     return images.to(torch.float32, memory_format=torch.contiguous_format).div_(255).sub_(mean).div_(std)
 
 
 def denormalise(images: Tensor) -> Tensor:
     """float [B, 3, H, W] -> uint8 of the same shape: what `normalise` made these of, rounded."""
-    mean, std = _channel_constants(images.device)
+    mean, std = _channel_constants(images.device, IMAGENET_MEAN, IMAGENET_STD)
     return images.mul(std).add(mean).mul(255).round().clamp(0, 255).to(torch.uint8)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 from torchvision.transforms.autoaugment import _apply_op
@@ -42,7 +43,16 @@ class EvalTransform:
     resize_ratio: float = 256 / 224
     num_draws: ClassVar[int] = 0  # the same call as TrainTransform, without randomness
 
+    @property
+    def resized(self) -> int:
+        """The shorter side before the crop."""
+        return round(self.image_size * self.resize_ratio)
+
     def __call__(self, data: bytes, draws: np.ndarray | None = None) -> np.ndarray:
         """Encoded image -> uint8 [S, S, 3]. ValueError as `decode`."""
-        image = F.resize(decode(data), [round(self.image_size * self.resize_ratio)], InterpolationMode.BICUBIC)
+        return self.pixels(decode(data))
+
+    def pixels(self, image: Image.Image) -> np.ndarray:
+        """RGB image -> uint8 [S, S, 3]."""
+        image = F.resize(image, [self.resized], InterpolationMode.BICUBIC)
         return np.asarray(F.center_crop(image, [self.image_size, self.image_size]))

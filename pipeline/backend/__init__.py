@@ -6,11 +6,11 @@ from collections.abc import Callable
 from torch import nn
 from torch.optim import Optimizer
 
-from pipeline.backend.base import Backend, Criterion, Mixed, StepOptions, Stepped
-from pipeline.backend.layers import prepare_layers
+from pipeline.backend.base import Backend, Criterion, Mixed, StepOptions, Stepped, autocast
+from pipeline.backend.layers import cast_inputs, prepare_layers
 from pipeline.backend.place import Place
 from pipeline.backend.stop import STOP_SIGNALS, StopFlag, Stopped
-from pipeline.backend.toolchain import check_toolchain
+from pipeline.backend.toolchain import check_toolchain, mend_compile_cache
 from pipeline.backend.world import TIMEOUT, World, start
 from shards.errors import UserError
 
@@ -26,6 +26,8 @@ __all__ = [
     "StopFlag",
     "Stopped",
     "World",
+    "autocast",
+    "cast_inputs",
     "start",
     "wrap",
 ]
@@ -81,6 +83,7 @@ def check_options(world: World, options: StepOptions) -> None:
         )
     if options.compiler == "inductor" and world.device.type == "cpu":
         check_toolchain("torch.compile's inductor", ("g++",))
+        mend_compile_cache()
     check_replicas(world, options.replicas)
 
 

@@ -78,8 +78,7 @@ class Backend(ABC):
         return self.model
 
     def autocast(self) -> torch.autocast:
-        dtype = AUTOCAST.get(self.options.precision)
-        return torch.autocast(self.world.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+        return autocast(self.world.device, self.options.precision)
 
     def forward_loss(self, criterion: Criterion, batch: Mixed) -> Tensor:
         """Loss of one mixed micro-batch: images float [B, 3, H, W], targets float [B, C].
@@ -148,6 +147,12 @@ class Backend(ABC):
         """Frees what a following backend of the same launch could trip over."""
         if self.options.compiler != "off":
             torch._dynamo.reset()
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """What the forward pass runs under, by the recipe's runtime.precision."""
+    dtype = AUTOCAST.get(precision)
+    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def mean(losses: Sequence[float]) -> Tensor:

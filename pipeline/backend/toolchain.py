@@ -1,10 +1,12 @@
 """What compiling at run time needs."""
 
+import contextlib
 import fcntl
 import functools
 import os
 import shutil
 import socket
+import struct
 import sys
 import sysconfig
 import threading
@@ -17,6 +19,7 @@ from typing import TextIO
 from shards.errors import UserError
 
 LONGEST_BUILD = 300.0  # seconds; the two kernels take 23 and 40 s here
+LONGEST_LINK = 60.0  # seconds; of one of inductor's small libraries, about one
 SHORT, POLL = 2.0, 0.1
 
 
@@ -30,6 +33,33 @@ def check_toolchain(who: str, tools: tuple[str, ...]) -> None:
             f"{who} compiles a kernel at first use, but {', '.join(missing)} is missing: install g++, the Python "
             "headers (Debian: g++ python3-dev) and ninja (pip install ninja), and put ninja on PATH"
         )
+
+
+def mend_compile_cache() -> None:
+    """Removes the libraries in inductor's cache that a killed compilation cut short: torch takes whatever is there for
+    whole, and every later run would fail at it."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    remove_cut_libraries(Path(cache_dir()))
+
+
+def remove_cut_libraries(directory: Path) -> None:
+    """Of those below `directory`; a young one may be under way in another process, and stays."""
+    for path in directory.rglob("*.so"):
+        with contextlib.suppress(FileNotFoundError):  # another rank was quicker
+            if _age(path) > LONGEST_LINK and not _is_whole(path):
+                _say(f"{path} was cut short by a compilation that was killed: removed")
+                path.unlink()
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether the section headers of a 64-bit ELF file, which come last, lie within it."""
+    with library.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64:
+        return False
+    (start,), (size, number) = struct.unpack_from("<Q", header, 40), struct.unpack_from("<HH", header, 58)
+    return header[:4] != b"\x7fELF" or 0 < start <= library.stat().st_size - size * number
 
 
 @functools.cache

@@ -5,7 +5,7 @@ One World lives as long as the launch; every stage of a chain builds its own Bac
 
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar
@@ -79,6 +79,20 @@ class World:
             dist.broadcast_object_list(box, src=0, group=self.group)
         self.goes_on()
         return box[0]
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """What `work` gives on rank 0, which alone does it, on every rank; so is the UserError that it raises."""
+        done: T | None = None
+        failed: UserError | None = None
+        if self.is_main:
+            try:
+                done = work()
+            except UserError as error:
+                failed = error
+        done, failed = self.from_main((done, failed))
+        if failed:
+            raise failed
+        return done  # type: ignore[return-value]
 
     def goes_on(self) -> None:
         """Some progress of this rank, while others wait for it."""

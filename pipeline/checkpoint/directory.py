@@ -247,6 +247,11 @@ def saved_step(run_dir: Path) -> int:
     return int(latest.read_text().removeprefix("step-")) if latest.exists() else 0
 
 
+def has_checkpoints(run_dir: Path) -> bool:
+    """Whether a run has committed any that is still there, whole or not."""
+    return any((run_dir / DIRECTORY).glob("step-*[0-9]"))
+
+
 def _write_all(directory: Path, files: dict[str, bytes]) -> None:
     for name, content in files.items():
         write_bytes(directory / name, content)

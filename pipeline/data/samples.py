@@ -1,14 +1,14 @@
 """The samples of a request, read and transformed in a worker, which holds no position."""
 
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
 from pipeline.data.batch import PADDING, UNREADABLE, Filled, Replaced, Request
 from shards.errors import UserError
 from shards.keyed import uniforms
-from shards.reader import BadSample, Reader
+from shards.reader import BadSample
 
 TRANSFORM_STREAM = 0
 ERASING_STREAM = 1
@@ -28,14 +28,25 @@ class Transform(Protocol):
     def __call__(self, data: bytes, draws: np.ndarray) -> np.ndarray: ...
 
 
-class Samples:
+class Readable(Protocol):
+    """The samples of a split by their ids: `shards.reader.Reader`, or one of files."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, sample_id: int, decode: Callable[[bytes], np.ndarray], /) -> tuple[np.ndarray, int]: ...
+
+
+R_co = TypeVar("R_co", bound=Readable, covariant=True)
+
+
+class Samples(Generic[R_co]):
     """Reads and transforms the samples of a Request into the memory that is given for them.
 
     `substitutes`: a bad sample is replaced by another one of the split, which (seed, epoch, sample) decide, and which
     is then treated as the planned one would have been; otherwise its image is blank and its label UNREADABLE.
     """
 
-    def __init__(self, reader: Reader, transform: Transform, seed: int, substitutes: bool) -> None:
+    def __init__(self, reader: R_co, transform: Transform, seed: int, substitutes: bool) -> None:
         self.reader = reader
         self.transform = transform
         self.seed = seed

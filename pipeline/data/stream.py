@@ -13,6 +13,7 @@ from pipeline.data.samples import Samples
 from shards.errors import UserError
 from shards.layout import Layout
 from shards.plan import Ids, Plan, WindowShuffle, evaluation_share, mixing_distance
+from shards.reader import Reader
 
 _AHEAD = 2**17  # samples of the global sequence; some windows of most plans
 
@@ -21,7 +22,7 @@ _AHEAD = 2**17  # samples of the global sequence; some windows of most plans
 class TrainStream:
     """This rank's part of every global batch of a run: exact, the same for any world, and O(1) to enter anywhere."""
 
-    samples: Samples
+    samples: Samples[Reader]
     plan: Plan
     world: World
     layout: Layout

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.augment.exact import EvalTransform
 from pipeline.export.source import UNKNOWN, Source, newest_state, read_recipe
 from pipeline.recipe import Recipe, flatten
 from pipeline.record import RECIPE
@@ -31,7 +32,7 @@ class Licences:
 def card(source: Source, config: dict, num_parameters: int, licences: Licences) -> str:
     """README.md, with the header that Hugging Face's hub reads. config: timm's config.json."""
     name, recipe = config["architecture"], source.recipe
-    side, shorter = recipe.augment.image_size, round(recipe.augment.image_size / config["pretrained_cfg"]["crop_pct"])
+    side, shorter = recipe.augment.image_size, EvalTransform(recipe.augment.image_size).resized
     after = f" after {source.step} steps" if source.step is not None else ""
     start = licences.start if recipe.model.start else "there are none: it was trained from scratch"
     lineage = "\n".join(f"- {fact}" for fact in _lineage(source))

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import dataclass
+from math import floor, nextafter
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pipeline.augment.exact import EvalTransform
 from pipeline.export.card import Licences, card
 from pipeline.export.formats import check_onnx_installed, compare, images_for, write_onnx, write_torch_export
 from pipeline.export.source import Source, build
+from pipeline.record import read_classes
 from shards.durable import explained
 from shards.errors import UserError
 
@@ -55,7 +57,8 @@ def write(source: Source, out: Path, formats: Formats, licences: Licences) -> di
 def _fill(directory: Path, source: Source, formats: Formats, licences: Licences) -> dict[str, float]:
     model = build(source)
     images = images_for(source.recipe.augment.image_size)
-    save_for_hf(model, str(directory), safe_serialization=True, data_config=_data_config(source))
+    named = {"label_names": read_classes(source.run_dir)}
+    save_for_hf(model, str(directory), named, safe_serialization=True, data_config=_data_config(source))
     config = json.loads((directory / CONFIG).read_text())
     found = {WEIGHTS: _check_timm(directory, config, model, images)}
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -68,16 +71,22 @@ def _fill(directory: Path, source: Source, formats: Formats, licences: Licences)
 
 
 def _data_config(source: Source) -> dict[str, Any]:
-    """How evaluation prepares images, in timm's words."""
+    """How evaluation prepares images, in timm's words; timm comes to the same pixels."""
     side = source.recipe.augment.image_size
     return {
         "input_size": (3, side, side),
         "mean": IMAGENET_MEAN,
         "std": IMAGENET_STD,
         "interpolation": "bicubic",
-        "crop_pct": 1 / EvalTransform.resize_ratio,
+        "crop_pct": crop_pct(EvalTransform(side)),
         "crop_mode": "center",
     }
+
+
+def crop_pct(transform: EvalTransform) -> float:
+    """The share of the resized image that is cut out, such that timm, which rounds S / share down, resizes likewise."""
+    share = transform.image_size / transform.resized
+    return share if floor(transform.image_size / share) == transform.resized else nextafter(share, 0)
 
 
 @torch.no_grad()

@@ -48,7 +48,9 @@ def give_start(model: nn.Module, section: Model) -> str:
 
 
 def _summary(loaded: Loaded) -> str:
-    return f"{len(loaded.loaded)} loaded; made new: {_listed(loaded.made_new)}; dropped: {_listed(loaded.dropped)}"
+    resized = f"; resized: {_listed(loaded.resized)}" if loaded.resized else ""
+    others = f"made new: {_listed(loaded.made_new)}; dropped: {_listed(loaded.dropped)}"
+    return f"{len(loaded.loaded)} loaded{resized}; {others}"
 
 
 def _listed(names: Sequence[str]) -> str:

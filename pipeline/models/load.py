@@ -1,13 +1,14 @@
 """Start weights of a model: exactly those that were asked for, or an error; never a part of them in silence."""
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
 
 from pipeline.models.vittm import ViTTM
 from pipeline.models.vittm.trunk import from_trunk
@@ -23,27 +24,52 @@ class Loaded:
     loaded: tuple[str, ...]
     made_new: tuple[str, ...]  # the model's own initialisation was kept
     dropped: tuple[str, ...]  # in the file, and not used
+    resized: tuple[str, ...] = ()  # position tables of another image size, as they are in the file
 
 
 def load_start(model: nn.Module, path: str | Path, *, new_heads: bool) -> Loaded:
-    """Load the weights of the safetensors file `path` into `model`, whose names and shapes they must have.
+    """Load the weights of the safetensors file `path` into `model`, whose names and shapes they must have, but that
+    position tables of another image size are resized as timm resizes them.
 
     With `new_heads` the classifiers (timm's `get_classifier`) of a freshly built model stay as they are, whatever the
     file has for them; without, they are loaded, and must match like everything else.
     Raises UserError for a file that is missing, is not safetensors, or holds another model; nothing is loaded then.
     """
     stored = read_weights(path)
+    fitted = _fit(model, stored, str(path), new_heads)
+    loaded = _load(model, fitted.wanted, fitted.given | fitted.resized)
+    kept = tuple(name for name in loaded.loaded if name not in fitted.resized)
+    dropped, resized = sorted(stored.keys() - fitted.given), sorted(fitted.resized)
+    return replace(loaded, loaded=kept, dropped=tuple(dropped), resized=tuple(resized))
+
+
+def check_start(model: nn.Module, earlier: nn.Module, source: str) -> None:
+    """Raises UserError where `model` could not start, with new heads, from the weights of a model like `earlier`, which
+    the user knows as `source`. Both may be on the meta device."""
+    _fit(model, earlier.state_dict(), source, new_heads=True)
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """Names that a model wants of a file, what it gets as it is there, and `resized` what replaces some of that."""
+
+    wanted: list[str]
+    given: dict[str, Tensor]
+    resized: dict[str, Tensor]
+
+
+def _fit(model: nn.Module, stored: Mapping[str, Tensor], source: str, new_heads: bool) -> _Fitted:
     heads = _classifier_prefixes(model)
     fresh = heads if new_heads else ()
     wanted = [name for name in model.state_dict() if not name.startswith(fresh)]
     given = {name: tensor for name, tensor in stored.items() if not name.startswith(fresh)}
-    if misfits := _misfits(model, wanted, given):
-        raise UserError(_another_model(path, misfits, heads))
-    loaded = _load(model, wanted, given)
-    return replace(loaded, dropped=tuple(sorted(stored.keys() - given)))
+    resized = _resized_tables(model, given)
+    if misfits := _misfits(model, wanted, given | resized):
+        raise UserError(_another_model(source, misfits, heads))
+    return _Fitted(wanted, given, resized)
 
 
-def load_trunk(model: nn.Module, stored: Mapping[str, torch.Tensor], source: str, *, flexi: bool) -> Loaded:
+def load_trunk(model: nn.Module, stored: Mapping[str, Tensor], source: str, *, flexi: bool) -> Loaded:
     """Load the transformer blocks of timm's ViT `stored`, which the caller knows as `source`, into a new ViTTM; with
     `flexi` its 16x16 patch convolution too, resized. Everything else stays as it is.
 
@@ -62,11 +88,26 @@ def load_trunk(model: nn.Module, stored: Mapping[str, torch.Tensor], source: str
     return replace(loaded, dropped=tuple(sorted(name for name in stored if not name.startswith(used))))
 
 
-def _load(model: nn.Module, wanted: Sequence[str], given: Mapping[str, torch.Tensor]) -> Loaded:
+def _load(model: nn.Module, wanted: Sequence[str], given: Mapping[str, Tensor]) -> Loaded:
     """Load `given`, which has just the weights `wanted`, and keep the others."""
     own = model.state_dict()
     model.load_state_dict({**own, **given})
     return Loaded(tuple(wanted), tuple(name for name in own if name not in given), ())
+
+
+def _resized_tables(model: nn.Module, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The position tables of `given`, [1, N, D], of another square grid of patches than the model's, for its grid."""
+    tables = {name: own for name, own in model.state_dict().items() if name.rpartition(".")[2].endswith("pos_embed")}
+    apart = 0 if getattr(model, "no_embed_class", True) else getattr(model, "num_prefix_tokens", 0)
+    found = {}
+    for name, own in tables.items():
+        stored = given.get(name)
+        if stored is None or stored.shape == own.shape or stored.ndim != 3 or stored.shape[2] != own.shape[2]:
+            continue
+        old, new = (math.isqrt(max(0, table.shape[1] - apart)) for table in (stored, own))
+        if (old**2 + apart, new**2 + apart) == (stored.shape[1], own.shape[1]):
+            found[name] = resample_abs_pos_embed(stored, [new, new], [old, old], apart)
+    return found
 
 
 def num_stored_classes(model: nn.Module, path: str | Path) -> int:
@@ -81,7 +122,7 @@ def num_stored_classes(model: nn.Module, path: str | Path) -> int:
     return found[0]
 
 
-def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, by name. Raises UserError for a file that is missing or of another kind."""
     path = Path(path)
     if not path.is_file():
@@ -102,14 +143,14 @@ def _classifier_prefixes(model: nn.Module) -> tuple[str, ...]:
     return tuple(f"{name}." for name, module in model.named_modules() if any(module is head for head in modules))
 
 
-def _misfits(model: nn.Module, wanted: Collection[str], given: Mapping[str, torch.Tensor]) -> dict[str, str]:
+def _misfits(model: nn.Module, wanted: Collection[str], given: Mapping[str, Tensor]) -> dict[str, str]:
     """Names of weights that are not the same in both -> the two shapes."""
     own = {name: tensor for name, tensor in model.state_dict().items() if name in wanted}
     shapes = {name: (_shape(given.get(name)), _shape(own.get(name))) for name in [*own, *(given.keys() - own)]}
     return {name: f"file {file}, model {model}" for name, (file, model) in sorted(shapes.items()) if file != model}
 
 
-def _shape(tensor: torch.Tensor | None) -> str:
+def _shape(tensor: Tensor | None) -> str:
     return "none" if tensor is None else str(tuple(tensor.shape))
 
 

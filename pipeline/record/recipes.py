@@ -47,12 +47,17 @@ def read_recipe(run_dir: Path) -> Recipe:
     return unflatten(leaves, Recipe)
 
 
+def decisive_fields(recipe: Recipe) -> dict[str, object]:
+    """The flattened recipe without what may change."""
+    return {name: value for name, value in flatten(recipe).items() if not name.startswith(MAY_CHANGE)}
+
+
 def check_same_recipe(kept: dict[str, object], recipe: Recipe, where: object) -> None:
     """Raises UserError where `where`, made by the flattened recipe `kept`, is not what `recipe` would make."""
     changed = [
         f"{name}: {kept.get(name)!r} there, {value!r} now"
-        for name, value in flatten(recipe).items()
-        if kept.get(name) != value and not name.startswith(MAY_CHANGE)
+        for name, value in decisive_fields(recipe).items()
+        if kept.get(name) != value
     ]
     if changed:
         raise UserError(

@@ -6,6 +6,9 @@ from tempfile import TemporaryFile
 
 from shards.errors import UserError
 
+LOGS = "logs"
+"""Below a run's directory: what its ranks printed."""
+
 
 def check_writable(run_dir: Path) -> None:
     """Raises UserError unless a file can be written in `run_dir`, which is made if need be."""

@@ -9,9 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from pipeline.record import code_version
-
-LOGS = "logs"
+from pipeline.record import LOGS, code_version
 
 
 def keep_log(run_dir: Path) -> None:

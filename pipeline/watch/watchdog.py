@@ -20,9 +20,8 @@ from typing import NoReturn
 
 from pipeline.backend import Place, StopFlag, World
 from pipeline.checkpoint import saved_step
-from pipeline.record import EXIT_CODES, OUTCOME, last_step, read_outcome, write_outcome
+from pipeline.record import EXIT_CODES, LOGS, OUTCOME, last_step, read_outcome, write_outcome
 from pipeline.watch import flight
-from pipeline.watch.log import LOGS
 from pipeline.watch.notes import Note, Notes
 from pipeline.watch.verdict import verdict
 from shards.errors import UserError

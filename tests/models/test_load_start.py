@@ -82,3 +82,29 @@ def test_files_that_are_missing_or_not_safetensors(small, tmp_path):
     error = _error(small, tmp_path / "model.pt")
     assert "model.pt is not a safetensors file (" in error
     assert "may run code when opened" in error
+
+
+def test_tables_of_another_image_size_are_resized_as_the_model_does_itself(small_options, small, stored):
+    large = ViTTM(**small_options | {"img_size": 2 * small_options["img_size"]}).eval()
+    result = load_start(large, stored, new_heads=False)
+    assert result.resized == ("memory_pos_embed", "process_pos_embed")
+    assert set(result.loaded) | set(result.resized) == large.state_dict().keys()
+    images = torch.randn(2, 3, *[2 * small_options["img_size"]] * 2)
+    assert torch.allclose(large(images), small.eval()(images), atol=1e-5)
+
+
+def test_tables_of_timms_models_keep_their_prefix(tmp_path):
+    model = timm.create_model("test_vit", num_classes=3, img_size=64).eval()
+    save_file(model.state_dict(), tmp_path / "vit.safetensors")
+    large = timm.create_model("test_vit", num_classes=3, img_size=96).eval()
+    assert load_start(large, tmp_path / "vit.safetensors", new_heads=False).resized == ("pos_embed",)
+    model.set_input_size((96, 96))
+    images = torch.randn(2, 3, 96, 96)
+    assert torch.allclose(large(images), model(images), atol=1e-5)
+
+
+def test_weights_sized_by_tokens_are_another_model(small_options, tmp_path):
+    options = small_options | {"fusion_type": "add_erase"}
+    save_file(ViTTM(**options).state_dict(), tmp_path / "model.safetensors")
+    large = ViTTM(**options | {"img_size": 2 * small_options["img_size"]})
+    assert "fusion" in _error(large, tmp_path / "model.safetensors", new_heads=True)

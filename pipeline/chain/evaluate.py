@@ -1,0 +1,125 @@
+"""The stage that evaluates."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pipeline.backend import World
+from pipeline.chain.records import sha256_of
+from pipeline.chain.stage import Stage, hands_nothing_over, hashes
+from pipeline.data.loading import serve_workers
+from pipeline.predict.checkpoint import Checkpoint
+from pipeline.predict.evaluation import Scores, Settings, evaluate, open_images
+from pipeline.predict.find import load_variants
+from pipeline.record import write_outcome
+from shards.durable import replace_text
+from shards.files_reader import read_folders
+from shards.index import MANIFEST
+from shards.store import StoreOptions, open_data
+
+EVALUATION = "evaluation.json"
+
+
+@dataclass(frozen=True)
+class Evaluating:
+    """What finished weights are evaluated on; see tools/evaluate.py."""
+
+    data: str = ""
+    """Shards, by their directory or URL, or a directory of class folders; empty: what the stage before evaluated on."""
+    split: str = ""
+    """Of shards; empty: val."""
+    real: str = ""
+    """ReaL's real.json, for its top-1 as well."""
+    batch: int = 256
+    """Images of a forward pass of a rank."""
+    workers: int = 2
+    """Processes a rank that decode."""
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Evaluates what is handed over, all ranks together, into evaluation.json below its directory."""
+
+    kind: ClassVar[str] = "evaluate"
+    name: str
+    start_from: str
+    options: Evaluating = field(default_factory=Evaluating)
+    weights: str = ""
+    dry_run: ClassVar[bool] = False
+
+    @property
+    def directory(self) -> str:
+        return self.name
+
+    def check(self, world: World, source: Stage | None) -> None:
+        self.inputs()
+
+    def inputs(self) -> dict[str, object]:
+        options = self.options
+        real = {"file of evaluate.real": sha256_of(Path(options.real))} if options.real else {}
+        return {"evaluate.split": options.split, f"data of {self._where()}": self._fingerprint(), **real}
+
+    def sources(self) -> dict[str, Any]:
+        if self._is_folders():
+            return {"data": self.options.data}
+        split = self._split()
+        return {"data": self.options.data, "splits": {split: hashes(open_data(self.options.data)[0], split)}}
+
+    def has_state(self, directory: Path) -> bool:
+        return False
+
+    def work(self, directory: Path, start: Path | None, world: World) -> str:
+        assert start is not None
+        world.place.at(f"evaluating {start}")
+        if self.options.workers:
+            serve_workers()
+        variants = load_variants(start)
+        asked = variants[""]
+        images = open_images(self.options.data, self.options.split, asked, StoreOptions())
+        scores = evaluate(variants, images, self._settings(asked), world)
+        if scores is None:
+            return "requeue"
+        world.on_main(lambda: self._write(directory, start, scores))
+        return "done"
+
+    def outputs(self, directory: Path) -> list[Path]:
+        return [directory / EVALUATION]
+
+    def hands_over(self, directory: Path, variant: str) -> Path:
+        raise hands_nothing_over(self)
+
+    def _settings(self, asked: Checkpoint) -> Settings:
+        real = Path(self.options.real) if self.options.real else None
+        own = Settings.of(asked.recipe, self.options.workers)
+        return dataclasses.replace(own, batch=self.options.batch, real=real)
+
+    def _write(self, directory: Path, start: Path, scores: Scores) -> None:
+        facts = {"weights": str(start), "data": self.options.data, "samples": scores.num_samples}
+        found = {**facts, "classes": scores.classes, "matched_by": scores.matched, **scores.values}
+        directory.mkdir(parents=True, exist_ok=True)
+        replace_text(directory / EVALUATION, json.dumps(found, indent=1) + "\n")
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.values.items() if name.endswith("top1"))
+        print(f"stage {self.name}: {scores.num_samples:,} images: {shown}", flush=True)
+        write_outcome(directory, "done", 0, f"evaluated on {scores.num_samples} images: {shown}")
+
+    def _is_folders(self) -> bool:
+        return Path(self.options.data).is_dir() and not (Path(self.options.data) / MANIFEST).is_file()
+
+    def _split(self) -> str:
+        return self.options.split or "val"
+
+    def _where(self) -> str:
+        return "the class folders" if self._is_folders() else self._split()
+
+    def _fingerprint(self) -> str:
+        """Of class folders, that of their files' names and sizes."""
+        if not self._is_folders():
+            return open_data(self.options.data)[0].fingerprint(self._split())
+        root = Path(self.options.data)
+        found = [
+            [str(Path(path).relative_to(root)), Path(path).stat().st_size] for path in read_folders(str(root))[0].paths
+        ]
+        return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
