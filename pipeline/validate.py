@@ -99,7 +99,7 @@ def _range_errors(recipe: Recipe) -> list[str]:
         ("augment.randaugment_magnitude", 0, 30),
     ]
     found = [
-        f"{name} {leaves[name]}: must lie in {low} .. {high}"
+        f"{name} {leaves[name]}: must " + (f"be {low} or more" if high == float("inf") else f"lie in {low} .. {high}")
         for name, low, high in limits
         if not low <= leaves[name] <= high  # type: ignore[operator]
     ]
