@@ -1,4 +1,4 @@
-# make demo | test | soak | lint: each makes .venv from constraints.txt first, and reuses it afterwards.
+# make install | demo | test | soak | lint: each makes .venv from constraints.txt first, and reuses it afterwards.
 # Needs Python 3.11 or newer with its headers, make and g++ (DeepSpeed compiles two kernels at first use).
 
 PYTHON ?= python3.11
@@ -9,7 +9,9 @@ export PATH := $(VENV)/bin:$(PATH)
 export TORCH_EXTENSIONS_DIR := $(VENV)/torch_extensions
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test soak lint
+.PHONY: install demo test soak lint
+
+install: $(INSTALLED)
 
 demo: $(INSTALLED)
 	python tools/demo.py
