@@ -16,10 +16,10 @@ PAGE = "report.html"
 
 
 def do_all(stages: Sequence[Stage], root: Path, options: Options, world: World) -> str:
-    """ "done", or "requeue" as soon as a stage is stopped. The chain's own outcome.json counts stages as its steps.
-    After a dry run of a stage only those of later ones are left to do, and nothing is noted.
+    """The outcome: "done", or "requeue" as soon as a stage is stopped. The chain's own outcome.json counts stages as its
+    steps. Where a stage is to be tried out, all that are not are left, and nothing is noted.
 
-    Raises UserError, before any stage begins, for what cannot work in any of them.
+    Raises UserError, before any stage begins, for what can be seen not to work in any of them.
     """
     dry = any(stage.dry_run for stage in stages)
     plan = world.on_main(lambda: settle(stages, root, options))
