@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -73,6 +74,7 @@ class Evaluate:
 
     def work(self, directory: Path, start: Path | None, world: World) -> str:
         assert start is not None
+        began = time.monotonic()
         world.place.at(f"evaluating {start}")
         if self.options.workers:
             serve_workers()
@@ -82,7 +84,7 @@ class Evaluate:
         scores = evaluate(variants, images, self._settings(asked), world)
         if scores is None:
             return "requeue"
-        world.on_main(lambda: self._write(directory, start, scores))
+        world.on_main(lambda: self._write(directory, start, scores, time.monotonic() - began))
         return "done"
 
     def outputs(self, directory: Path) -> list[Path]:
@@ -96,14 +98,15 @@ class Evaluate:
         own = Settings.of(asked.recipe, self.options.workers)
         return dataclasses.replace(own, batch=self.options.batch, real=real)
 
-    def _write(self, directory: Path, start: Path, scores: Scores) -> None:
+    def _write(self, directory: Path, start: Path, scores: Scores, seconds: float) -> None:
         facts = {"weights": str(start), "data": self.options.data, "samples": scores.num_samples}
         found = {**facts, "classes": scores.classes, "matched_by": scores.matched, **scores.values}
         directory.mkdir(parents=True, exist_ok=True)
         replace_text(directory / EVALUATION, json.dumps(found, indent=1) + "\n")
         shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.values.items() if name.endswith("top1"))
         print(f"stage {self.name}: {scores.num_samples:,} images: {shown}", flush=True)
-        write_outcome(directory, "done", 0, f"evaluated on {scores.num_samples} images: {shown}")
+        reason = f"evaluated on {scores.num_samples} images: {shown}"
+        write_outcome(directory, "done", 0, reason, seconds=seconds)
 
     def _is_folders(self) -> bool:
         return Path(self.options.data).is_dir() and not (Path(self.options.data) / MANIFEST).is_file()

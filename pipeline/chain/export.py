@@ -1,6 +1,7 @@
 """The stage that exports."""
 
 import shutil
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -70,6 +71,7 @@ class Export:
 
     def _write(self, directory: Path, start: Path | None) -> None:
         assert start is not None
+        began = time.monotonic()
         options = self.options
         directory.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(directory / self.OUT, ignore_errors=True)  # of an attempt that was killed before it was noted
@@ -77,4 +79,5 @@ class Export:
         formats = Formats(options.onnx, options.torch_export)
         differences = write(find(start), directory / self.OUT, formats, licences)
         worst = max(differences.values())
-        write_outcome(directory, "done", 0, f"wrote {', '.join(differences)}; logits within {worst:.1e} of the model's")
+        reason = f"wrote {', '.join(differences)}; logits within {worst:.1e} of the model's"
+        write_outcome(directory, "done", 0, reason, seconds=time.monotonic() - began)

@@ -16,8 +16,8 @@ PAGE = "report.html"
 
 
 def do_all(stages: Sequence[Stage], root: Path, options: Options, world: World) -> str:
-    """The outcome: "done", or "requeue" as soon as a stage is stopped. The chain's own outcome.json counts stages as its
-    steps. Where a stage is to be tried out, all that are not are left, and nothing is noted.
+    """The outcome: "done", or "requeue" as soon as a stage is stopped. The chain's own outcome.json counts stages as
+    its steps. Where a stage is to be tried out, all that are not are left, and nothing is noted.
 
     Raises UserError, before any stage begins, for what can be seen not to work in any of them.
     """
