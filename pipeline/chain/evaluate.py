@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from pipeline.backend import World
 from pipeline.chain.records import sha256_of
-from pipeline.chain.stage import Stage, hands_nothing_over, hashes
+from pipeline.chain.stage import OfWeights, Stage, hashes
 from pipeline.data.loading import serve_workers
 from pipeline.predict.checkpoint import Checkpoint
 from pipeline.predict.evaluation import Scores, Settings, evaluate, open_images
@@ -41,19 +41,11 @@ class Evaluating:
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class Evaluate(OfWeights):
     """Evaluates what is handed over, all ranks together, into evaluation.json below its directory."""
 
     kind: ClassVar[str] = "evaluate"
-    name: str
-    start_from: str
     options: Evaluating = field(default_factory=Evaluating)
-    weights: str = ""
-    dry_run: ClassVar[bool] = False
-
-    @property
-    def directory(self) -> str:
-        return self.name
 
     def check(self, world: World, source: Stage | None) -> None:
         self.inputs()
@@ -68,9 +60,6 @@ class Evaluate:
             return {"data": self.options.data}
         split = self._split()
         return {"data": self.options.data, "splits": {split: hashes(open_data(self.options.data)[0], split)}}
-
-    def has_state(self, directory: Path) -> bool:
-        return False
 
     def work(self, directory: Path, start: Path | None, world: World) -> str:
         assert start is not None
@@ -89,9 +78,6 @@ class Evaluate:
 
     def outputs(self, directory: Path) -> list[Path]:
         return [directory / EVALUATION]
-
-    def hands_over(self, directory: Path, variant: str) -> Path:
-        raise hands_nothing_over(self)
 
     def _settings(self, asked: Checkpoint) -> Settings:
         real = Path(self.options.real) if self.options.real else None

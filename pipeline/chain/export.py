@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pipeline.backend import World
-from pipeline.chain.stage import Stage, hands_nothing_over
+from pipeline.chain.stage import OfWeights, Stage
 from pipeline.export import Formats, Licences, find, write
 from pipeline.export.formats import check_onnx_installed
 from pipeline.record import write_outcome
@@ -30,20 +30,12 @@ class Exporting:
 
 
 @dataclass(frozen=True)
-class Export:
+class Export(OfWeights):
     """Writes what is handed over in timm's layout, into `timm` below its directory; rank 0 does it."""
 
     kind: ClassVar[str] = "export"
     OUT: ClassVar[str] = "timm"
-    name: str
-    start_from: str
     options: Exporting = field(default_factory=Exporting)
-    weights: str = ""
-    dry_run: ClassVar[bool] = False
-
-    @property
-    def directory(self) -> str:
-        return self.name
 
     def check(self, world: World, source: Stage | None) -> None:
         if self.options.onnx:
@@ -55,9 +47,6 @@ class Export:
     def sources(self) -> dict[str, Any]:
         return {}
 
-    def has_state(self, directory: Path) -> bool:
-        return False
-
     def work(self, directory: Path, start: Path | None, world: World) -> str:
         world.place.at(f"exporting {start}")
         world.on_main(lambda: self._write(directory, start))
@@ -65,9 +54,6 @@ class Export:
 
     def outputs(self, directory: Path) -> list[Path]:
         return sorted(path for path in (directory / self.OUT).iterdir() if path.is_file())
-
-    def hands_over(self, directory: Path, variant: str) -> Path:
-        raise hands_nothing_over(self)
 
     def _write(self, directory: Path, start: Path | None) -> None:
         assert start is not None

@@ -6,26 +6,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
+from pipeline.chain.stage import Stage
 from pipeline.record import code_version
 from shards.durable import replace_text
 from shards.errors import UserError
 
 BOOK, PROVENANCE = "chain.json", "provenance.json"
-
-
-class Listed(Protocol):
-    """The part of a stage that the book lists."""
-
-    kind: ClassVar[str]
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def start_from(self) -> str: ...
-    @property
-    def directory(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -36,10 +24,10 @@ class Book:
     directories: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     again: str = ""
 
-    def current(self, stage: Listed) -> str:
+    def current(self, stage: Stage) -> str:
         return self.directories.get(stage.name, (stage.directory,))[-1]
 
-    def unused(self, stage: Listed, root: Path) -> str:
+    def unused(self, stage: Stage, root: Path) -> str:
         """A new directory for the stage."""
         taken = set(self.directories.get(stage.name, ()))
         number = 2
@@ -64,7 +52,7 @@ def read_book(root: Path) -> Book:
         ) from error
 
 
-def write_book(root: Path, stages: Sequence[Listed], book: Book) -> None:
+def write_book(root: Path, stages: Sequence[Stage], book: Book) -> None:
     entries = []
     for stage in stages:
         *earlier, current = book.directories.get(stage.name, (stage.directory,))

@@ -5,6 +5,7 @@ The graph of a chain is `start_from`: the earlier stage whose weights a stage st
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -60,6 +61,28 @@ class Stage(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class OfWeights:
+    """A stage, but for its work, that only looks at what is handed over: it works in a directory of its own name, keeps
+    nothing while it is unfinished, and hands nothing over."""
+
+    kind: ClassVar[str]
+    dry_run: ClassVar[bool] = False
+    name: str
+    start_from: str
+    weights: str = ""
+
+    @property
+    def directory(self) -> str:
+        return self.name
+
+    def has_state(self, directory: Path) -> bool:
+        return False
+
+    def hands_over(self, directory: Path, variant: str) -> Path:
+        raise UserError(f"stage '{self.name}' of kind {self.kind} hands no weights over: start from one that trains")
+
+
 def check_graph(stages: Sequence[Stage]) -> None:
     """Raises UserError where names or directories occur twice, or a stage starts from one that is not before it."""
     before: dict[str, Stage] = {}
@@ -77,11 +100,6 @@ def check_graph(stages: Sequence[Stage]) -> None:
         if stage.start_from:
             before[stage.start_from].hands_over(Path(), stage.weights)
         before[stage.name] = stage
-
-
-def hands_nothing_over(stage: Stage) -> UserError:
-    """To raise where one is asked for its weights."""
-    return UserError(f"stage '{stage.name}' of kind {stage.kind} hands no weights over: start from one that trains")
 
 
 def hashes(index: Index, name: str) -> dict[str, Any]:
