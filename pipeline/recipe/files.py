@@ -83,7 +83,7 @@ def expected(kind: Any) -> str:
         of = [words[each] for each in get_args(core) if each is not ...]
         text = f"a list, each {of[0]}" if ... in get_args(core) else f"a list: [{', '.join(of)}]"
     else:
-        text = words[core]
+        text = words.get(core, str(core))
     return text if core is kind else f"{text}, or null"
 
 

@@ -38,10 +38,13 @@ def changes(forms: Iterable[tuple[str, Mapping[str, object]]]) -> dict[str, str]
 
 
 def defaults(parsed: Any) -> dict[str, object]:
-    """What a recipe, or the recipes that something holds, have without any recipe file; by the names of `flatten`."""
+    """What a recipe, or the sections of something that holds recipes, have without any recipe file; by the names of
+    `flatten`."""
     if isinstance(parsed, Recipe):
         return flatten(Recipe())
-    return {f"{each}.{name}": value for each in _stages(parsed) for name, value in flatten(Recipe()).items()}
+    sections: dict[str, Any] = {item.name: getattr(parsed, item.name) for item in dataclasses.fields(parsed)}
+    names = [name for name, section in sections.items() if dataclasses.is_dataclass(section)]
+    return {f"{name}.{leaf}": value for name in names for leaf, value in flatten(type(sections[name])()).items()}
 
 
 def _stages(parsed: Any) -> list[str]:
