@@ -16,6 +16,7 @@ Debug:    --debug runs both debug forms, on any machine, in two minutes.
 import dataclasses
 import sys
 from dataclasses import dataclass, field
+from typing import Literal
 
 from pipeline import chain
 from pipeline.optim.table import describe
@@ -33,6 +34,8 @@ class Chain:
     finetune: Recipe
     run_dir: str
     """Where the stages' run directories lie."""
+    hand_over: Literal["average", "model", "ema", "best_model", "best_ema"] = "average"
+    """Which of pretrain's weights finetune starts from; average: ema, or model where no average is kept."""
     evaluate: chain.Evaluating = field(default_factory=chain.Evaluating)
     export: chain.Exporting = field(default_factory=chain.Exporting)
 
@@ -47,7 +50,7 @@ def make(model: str, small: bool, variant: str = VARIANTS[0]) -> Chain:
 def stages(of: Chain) -> list[chain.Stage]:
     return [
         chain.Train("pretrain", of.pretrain),
-        chain.Train("finetune", of.finetune, start_from="pretrain"),
+        chain.Train("finetune", of.finetune, start_from="pretrain", weights=of.hand_over.removeprefix("average")),
         chain.Evaluate("evaluate", start_from="finetune", options=_on(of.finetune, of.evaluate)),
         chain.Export("export", start_from="finetune", options=of.export),
     ]

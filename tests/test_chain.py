@@ -58,7 +58,7 @@ def test_finished_stages_are_skipped_and_changed_ones_done_again_beside_them(
     again = start(CHAIN, run).wait()
     assert again.codes == [0]
     assert again.outputs[0].count("finished before, skipped") == 4
-    larger = [*run, "--finetune.augment.image-size", "32"]
+    larger = [*run, "--finetune.augment.image-size", "32", "--hand-over", "best_model"]
     listed = start(CHAIN, [*larger, "--list"]).wait()
     assert listed.codes == [0]
     assert [line.split()[:2] for line in listed.outputs[0].splitlines()[::2]] == [
@@ -71,6 +71,7 @@ def test_finished_stages_are_skipped_and_changed_ones_done_again_beside_them(
     changed = start(CHAIN, larger).wait()
     assert changed.codes == [0], changed.outputs
     assert "its inputs changed: augment.image_size: 16 there, 32 now" in changed.outputs[0]
+    assert "start weights " + str(root / "pretrain" / "weights" / "best_model.safetensors") in changed.outputs[0]
     assert "loaded; resized: memory_pos_embed, process_pos_embed; made new: head.weight" in changed.outputs[0]
     assert {path: path.stat().st_mtime_ns for path in written} == written
     assert f"the page about it: {root}/report.html" in changed.outputs[0]
