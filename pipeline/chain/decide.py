@@ -81,9 +81,9 @@ class _Decider:
         kept, finished = read_provenance(self.root / directory), is_finished(self.root / directory)
         asked = stage.name in self.anew
         begun = finished or stage.has_state(self.root / directory)
+        inputs = {**stage.inputs(), **self._handed(stage)}  # read whatever is decided: what is missing is told now
         if asked and begun and not self.pending:
             return self._again(stage, f"--from {self.options.again}")
-        inputs = {**stage.inputs(), **self._handed(stage)}
         changed = differences(kept.get("inputs", {}), inputs)
         if begun and not changed:
             return self._unchanged(stage, directory) if finished else Step("resume", directory, "goes on")

@@ -48,7 +48,7 @@ class Evaluate(OfWeights):
     options: Evaluating = field(default_factory=Evaluating)
 
     def check(self, world: World, source: Stage | None) -> None:
-        self.inputs()
+        """Its data is read when it is decided what is due, by rank 0 alone."""
 
     def inputs(self) -> dict[str, object]:
         options = self.options
@@ -69,7 +69,8 @@ class Evaluate(OfWeights):
             serve_workers()
         variants = load_variants(start)
         asked = variants[""]
-        images = open_images(self.options.data, self.options.split, asked, StoreOptions())
+        split = self.options.split if self._is_folders() else self._split()  # the one whose fingerprint is kept
+        images = open_images(self.options.data, split, asked, StoreOptions())
         scores = evaluate(variants, images, self._settings(asked), world)
         if scores is None:
             return "requeue"
