@@ -38,6 +38,13 @@ class Model:
     """ViTTM: stride of each stage of it."""
     memory_decoder_depths: tuple[int, ...] | None = None
     """ViTTM: blocks of each stage of the decoder."""
+    tokens_type: str | None = None
+    """T2T-ViT: layers of its T2T module: transformer or performer."""
+    token_dim: int | None = None
+    """T2T-ViT: width of a token in its T2T module."""
+    qk_scale: float | None = None
+    """T2T-ViT: factor of the products of queries and keys in its blocks, for weights that its authors published
+    embed_dim^-0.5; None: (embed_dim / num_heads)^-0.5."""
     patch_size: int | None = None
     """ViT and DeiT: side of a patch, in pixels."""
     embed_dim: int | None = None

@@ -4,7 +4,8 @@ import io
 import warnings
 
 import torch
-from variants import build, images, step
+from torch import nn
+from variants import images, step
 
 with warnings.catch_warnings():  # what onnxscript uses is deprecated
     warnings.simplefilter("ignore")
@@ -12,18 +13,17 @@ with warnings.catch_warnings():  # what onnxscript uses is deprecated
     import onnxscript  # noqa: F401
 
 
-def check_compiles(options: dict, backend: str, **more: object) -> None:
+def check_compiles(model: nn.Module, backend: str) -> None:
     """As one graph, with the same answers and gradients."""
-    model = build(options, **more)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     torch.testing.assert_close(step(compiled), step(model), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
-def check_exports(options: dict, any_batch: bool, **more: object) -> None:
+def check_exports(model: nn.Module, any_batch: bool) -> None:
     """As a program of torch, and that as ONNX, which onnxruntime runs; `any_batch`: both take batches of any size."""
-    model = build(options, **more).eval()
+    model.eval()
     size = {0: torch.export.Dim("batch")} if any_batch else None
     given = images(3 if any_batch else 2)
     program = torch.export.export(model, (images(2),), dynamic_shapes=(size,))

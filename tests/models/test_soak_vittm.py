@@ -18,7 +18,7 @@ from combinations import (
     refusal,
 )
 from graphs import check_compiles, check_exports
-from variants import VARIANTS
+from variants import VARIANTS, build
 
 from pipeline.models.vittm import ViTTM
 from shards.errors import UserError
@@ -46,17 +46,17 @@ def test_the_full_matrix_equals_the_reference_or_is_refused(head):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_each_option_compiles_without_graph_break(name):
-    check_compiles(VARIANTS[name], "aot_eager")
+    check_compiles(build(VARIANTS[name]), "aot_eager")
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # torch's own import
 def test_the_default_compiles_with_inductor(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     started = time.monotonic()
-    check_compiles({}, "inductor")
+    check_compiles(build({}), "inductor")
     print(f"\ninductor, 2 layers, nothing cached: {time.monotonic() - started:.0f} s")
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_each_option_is_exported(name):
-    check_exports(VARIANTS[name], any_batch=True)
+    check_exports(build(VARIANTS[name]), any_batch=True)

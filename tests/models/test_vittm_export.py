@@ -2,7 +2,7 @@
 
 import pytest
 from graphs import check_compiles, check_exports
-from variants import MIXED, VARIANTS, mixed
+from variants import MIXED, VARIANTS, build, mixed
 
 
 def test_the_models_of_this_file_have_every_option():
@@ -11,9 +11,9 @@ def test_the_models_of_this_file_have_every_option():
 
 @pytest.mark.parametrize("names", MIXED, ids="-".join)
 def test_compiles_without_graph_break(names):
-    check_compiles(mixed(names), "aot_eager", depth=1)
+    check_compiles(build(mixed(names), depth=1), "aot_eager")
 
 
 @pytest.mark.parametrize("names", MIXED, ids="-".join)
 def test_exports(names):
-    check_exports(mixed(names), any_batch=names == ("default",), depth=1)
+    check_exports(build(mixed(names), depth=1), any_batch=names == ("default",))
