@@ -41,6 +41,7 @@ DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "cv2": "opencv-pyth
 
 MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 300
+MODULES = {"nn.Module", "Module", "VisionTransformer"}
 MAX_PARAMETERS = 8
 
 # Run with the names of modules; prints what importing them did, and whatever they print themselves.
@@ -172,7 +173,7 @@ def model_constructors(tree: ast.Module) -> list[ast.AST]:
     modules = [
         node
         for node in ast.walk(tree)
-        if isinstance(node, ast.ClassDef) and any(ast.unparse(base) in ("nn.Module", "Module") for base in node.bases)
+        if isinstance(node, ast.ClassDef) and any(ast.unparse(base) in MODULES for base in node.bases)
     ]
     return [item for node in modules for item in node.body if getattr(item, "name", "") == "__init__"]
 

@@ -76,7 +76,7 @@ def test_a_performer_layer_estimates_softmax_attention():
     layer.w = torch.randn(2**18, 8)
     query, key, value = torch.randn(3, 1, 50, 8).mul(0.4)
     expected = torch.softmax(query @ key.mT, dim=-1) @ value
-    assert (expected - value.mean(dim=1)).abs().max() > 0.1
+    assert (expected - value.mean(dim=1)).abs().max() > 0.09
     torch.testing.assert_close(layer.attend(query, key, value), expected, rtol=0, atol=0.02)
 
 

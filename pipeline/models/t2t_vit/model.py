@@ -29,6 +29,7 @@ class T2TViT(VisionTransformer):
     def __init__(  # noqa: PLR0913 - timm's convention for models
         self,
         img_size: int | Grid = 224,
+        *,
         tokens_type: str = "transformer",
         in_chans: int = 3,
         num_classes: int = 1000,
@@ -38,7 +39,6 @@ class T2TViT(VisionTransformer):
         mlp_ratio: float = 3.0,
         token_dim: int = 64,
         drop_path_rate: float = 0.0,
-        *,
         qk_scale: float | None = None,
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
@@ -61,16 +61,16 @@ class T2TViT(VisionTransformer):
         super().__init__(
             to_2tuple(img_size), REDUCTION, in_chans, num_classes, global_pool, embed_dim, depth, num_heads, mlp_ratio,
             qkv_bias=False, init_values=init_values, dynamic_img_size=True, embed_layer=tokens,
-            norm_layer=partial(nn.LayerNorm, eps=LAYER_NORM_EPS),  # type: ignore[arg-type] # timm takes any callable
-            **rates,  # type: ignore[arg-type] # all floats
+            norm_layer=partial(nn.LayerNorm, eps=LAYER_NORM_EPS), **rates,  # type: ignore[arg-type] # more than LayerType
         )  # fmt: skip
+        assert self.cls_token is not None
         nn.init.trunc_normal_(self.cls_token, std=0.02)
-        table = sinusoid(self.pos_embed.shape[1], embed_dim)
         del self.pos_embed
-        self.register_buffer("pos_embed", table)
+        length = self.patch_embed.num_patches + self.num_prefix_tokens
+        self.register_buffer("pos_embed", sinusoid(length, embed_dim))
         if qk_scale is not None:
             for block in self.blocks:
-                block.attn.q_norm = Scale(qk_scale / block.attn.scale)
+                block.attn.q_norm = Scale(qk_scale * (embed_dim // num_heads) ** 0.5)  # type: ignore[union-attr]
 
     @property
     def patch_embed(self) -> "TokenMap":

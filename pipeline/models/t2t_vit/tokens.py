@@ -57,6 +57,8 @@ class PerformerLayer(nn.Module):
     The features `w` are drawn once and belong to the weights: whoever loads those takes them too.
     """
 
+    w: Tensor  # (m, dim)
+
     def __init__(self, in_dim: int, dim: int, dropout: float = 0.1, epsilon: float = 1e-8) -> None:
         super().__init__()
         self.epsilon = epsilon
