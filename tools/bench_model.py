@@ -1,4 +1,6 @@
-"""How fast ViTTM is beside the ViT of timm of the same width and depth: latency, and a training step.
+"""How fast our models are beside the ViT of timm of the same class: latency, and a training step.
+
+A ViTTM has the width and depth of its ViT; T2T-ViT-14 has about the parameters of ViT-S.
 
 Both models of a pair take turns on the same images, a forward pass each in eval mode, and a step of each: forward,
 backward, AdamW, as the recipes train (the loss of both heads of ViTTM). The first turn does not count. On CUDA each
@@ -26,7 +28,12 @@ from pipeline.loss import SummedOverHeads
 from pipeline.optim import adamw
 from tools.benchmarks import ROOT, alternate, append, header
 
-PEERS = {"vittm_small": "vit_small_patch16_224", "vittm_base": "vit_base_patch16_224"}
+PEERS = {
+    "vittm_small": "vit_small_patch16_224",
+    "vittm_base": "vit_base_patch16_224",
+    "t2t_vit_14": "vit_small_patch16_224",
+    "t2t_vit_t_14": "vit_small_patch16_224",
+}
 PACKAGES = ("torch", "timm")
 Pass = Callable[[], object]
 Make = Callable[[nn.Module], Pass]
@@ -47,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if bench.device.type == "cuda":
         record["hardware"] += f"; {torch.cuda.get_device_name()}"
     record["repetitions"] = options.repetitions
-    print(f"{'milliseconds':<40}{'ViTTM':>10}{'ViT':>10}{'ratio':>8}{'from':>8}{'to':>8}")
+    print(f"{'milliseconds':<40}{'ours':>10}{'ViT':>10}{'ratio':>8}{'from':>8}{'to':>8}")
     record["summary"] = {
         name: {
             "latency": [bench.latency(name, batch, n) for n in options.threads for batch in options.batches],
@@ -154,7 +161,7 @@ class Bench:
 
 
 def _report(name: str, about: dict, seconds: dict[str, list[float]], peaks: dict[str, int]) -> dict[str, Any]:
-    """Medians in milliseconds, their ratio ViT / ViTTM, and the lowest and highest ratio of a turn."""
+    """Medians in milliseconds, their ratio ViT / ours, and the lowest and highest ratio of a turn."""
     ours, theirs = name, PEERS[name]
     medians = {kind: statistics.median(values) * 1000 for kind, values in seconds.items()}
     turns = [theirs_took / ours_took for ours_took, theirs_took in zip(seconds[ours], seconds[theirs], strict=True)]
