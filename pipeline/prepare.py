@@ -186,13 +186,13 @@ def make_input(recipe: Recipe, index: Index, store: Store, world: World) -> Inpu
         augment.randaugment_magnitude,
     )
     train = Samples(Reader(index, data.train, store), transform, recipe.seed, substitutes=True)
-    seen_once = EvalTransform(augment.image_size)
+    seen_once = EvalTransform.of(recipe)
     validation = Samples(Reader(index, data.val, store), seen_once, recipe.seed, substitutes=False)
     shuffle = make_shuffle(recipe, index)
     plan = Plan(len(train.reader), index.fingerprint(data.train), recipe.seed, data.global_batch, shuffle)
     stream = TrainStream(train, plan, world, make_layout(recipe, world), Loading(data.workers, world.device))
-    mixing = Mixing(augment.mixup, augment.cutmix, augment.mixup_alpha)
-    on_device = DeviceAugment(index.num_classes, recipe.seed, augment.erasing, mixing)
+    mixing = Mixing(augment.mixup, augment.cutmix, augment.mixup_alpha, augment.cutmix_alpha)
+    on_device = DeviceAugment(index.num_classes, recipe.seed, augment.erasing, mixing, recipe.label_smoothing)
     return Input(stream, on_device, validation)
 
 

@@ -86,7 +86,8 @@ def test_entering_at_a_step_equals_getting_there(stream_of):
 
 
 def test_erasing_and_mixing_depend_on_the_global_batch_alone(stream_of):
-    augment = DeviceAugment(5, seed=5, erasing=0.5, mixing=Mixing(mixup=True, cutmix=True, alpha=0.8))
+    mixing = Mixing(mixup=True, cutmix=True, mixup_alpha=0.8, cutmix_alpha=1.0)
+    augment = DeviceAugment(5, seed=5, erasing=0.5, mixing=mixing, label_smoothing=0.1)
     whole = [augment(batch) for (batch,) in read(stream_of())]
     parts = [[augment(batch) for (batch,) in read(stream_of(rank, 3))] for rank in range(3)]
     for step, (images, targets) in enumerate(whole):

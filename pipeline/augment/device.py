@@ -7,6 +7,7 @@ import functools
 import math
 
 import torch
+from timm.data import mixup
 from torch import Tensor
 
 from pipeline.augment.choices import CROP_ATTEMPTS, CROP_DRAWS
@@ -65,6 +66,8 @@ def erase(images: Tensor, boxes: Tensor) -> Tensor:
     return images.masked_fill((in_rows.unsqueeze(2) & in_columns.unsqueeze(1)).unsqueeze(1), 0)
 
 
-def one_hot(labels: Tensor, num_classes: int) -> Tensor:
-    """Labels int64 [B] -> targets float32 [B, C]."""
-    return torch.nn.functional.one_hot(labels, num_classes).float()
+def one_hot(labels: Tensor, num_classes: int, smoothing: float = 0.0) -> Tensor:
+    """Labels int64 [B] -> targets float32 [B, C], of which `smoothing` is spread evenly over all classes, as timm's
+    Mixup does (arXiv 1512.00567, section 7)."""
+    off = smoothing / num_classes
+    return mixup.one_hot(labels, num_classes, on_value=1.0 - smoothing + off, off_value=off)

@@ -13,6 +13,7 @@ from torchvision.transforms import functional as F
 from torchvision.transforms.autoaugment import _apply_op
 
 from pipeline.augment.choices import Choices
+from pipeline.recipe import Recipe
 from shards.crop import decode
 
 
@@ -34,19 +35,24 @@ class TrainTransform(Choices):
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Resize (bicubic, antialiased) so that the shorter side is `image_size * resize_ratio`, then the centre crop.
+    """Resize (bicubic, antialiased) so that the shorter side is `image_size / crop_pct`, then the centre crop.
 
     The shorter side is rounded to the nearest pixel (224 -> 256, 32 -> 37), the longer one down, as in torchvision.
     """
 
     image_size: int
-    resize_ratio: float = 256 / 224
+    crop_pct: float = 0.875
     num_draws: ClassVar[int] = 0  # the same call as TrainTransform, without randomness
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "EvalTransform":
+        """How the recipe's runs are evaluated."""
+        return cls(recipe.augment.image_size, recipe.evaluation.crop_pct)
 
     @property
     def resized(self) -> int:
         """The shorter side before the crop."""
-        return round(self.image_size * self.resize_ratio)
+        return round(self.image_size / self.crop_pct)
 
     def __call__(self, data: bytes, draws: np.ndarray | None = None) -> np.ndarray:
         """Encoded image -> uint8 [S, S, 3]. ValueError as `decode`."""

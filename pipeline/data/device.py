@@ -20,6 +20,7 @@ class DeviceAugment:
     seed: int
     erasing: float
     mixing: Mixing
+    label_smoothing: float = 0.0
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         height, width = batch.images.shape[-2:]
@@ -29,4 +30,4 @@ class DeviceAugment:
             boxes = erasing_boxes(draws.to(images.device), self.erasing, height, width)
             images = erase(images, boxes)
         mix = self.mixing.draw(self.seed, batch.step, height, width)
-        return mix.apply(images, one_hot(batch.labels, self.num_classes))
+        return mix.apply(images, one_hot(batch.labels, self.num_classes, self.label_smoothing))

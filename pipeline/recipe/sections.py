@@ -65,7 +65,9 @@ class Augment:
     cutmix: bool = False
     """Mix pairs of samples by CutMix."""
     mixup_alpha: float = 0.5
-    """Both parameters of the Beta distribution that the mixing weight is drawn from."""
+    """Both parameters of the Beta distribution that MixUp's mixing weight is drawn from."""
+    cutmix_alpha: float = 0.5
+    """The same of CutMix."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,8 @@ class Evaluation:
     """How often to evaluate: epochs, steps, images, or a percentage of the length. The end is always evaluated."""
     batch: int = 256
     """Samples of one forward pass of a rank."""
+    crop_pct: float = 0.875
+    """Side of the centre crop over the shorter side of the resized image; export and predictions keep to it, too."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +186,8 @@ class Recipe:
     """Key of every random draw."""
     loss: Literal["ce", "bce"] = "ce"
     """Cross-entropy, or binary cross-entropy summed over classes; of the memory and the process head, added up."""
+    label_smoothing: float = 0.0
+    """Share of a training target that is spread evenly over all classes."""
     ema_decay: float = 0.999
     """Decay of the exponential moving average of the weights; 0 keeps none."""
     dry_run: bool = False
