@@ -184,6 +184,7 @@ def make_input(recipe: Recipe, index: Index, store: Store, world: World) -> Inpu
         augment.hflip,
         augment.randaugment_ops,
         augment.randaugment_magnitude,
+        augment.interpolation,
     )
     train = Samples(Reader(index, data.train, store), transform, recipe.seed, substitutes=True)
     seen_once = EvalTransform.of(recipe)

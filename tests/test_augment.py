@@ -88,13 +88,14 @@ def test_crop_falls_back_to_the_centre():
     assert choices.crop_box(draws, 10, 90, (0.9, 1.0), (3 / 4, 4 / 3)) == Box(0, 38, 10, 13)
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("flip_draw", [0.49, 0.51])
-def test_crop_and_flip_give_torchvisions_pixels(photo, flip_draw):
-    transform = TrainTransform(48)
+def test_crop_and_flip_give_torchvisions_pixels(photo, flip_draw, interpolation):
+    transform = TrainTransform(48, interpolation=interpolation)
     draws = np.random.default_rng(2).random(transform.num_draws)
     draws[choices.CROP_DRAWS] = flip_draw
     box = choices.crop_box(draws[: choices.CROP_DRAWS], 70, 90, transform.crop_scale, transform.crop_ratio)
-    expected = F.resized_crop(photo, *box, [48, 48], antialias=True)
+    expected = F.resized_crop(photo, *box, [48, 48], F.InterpolationMode(interpolation), antialias=True)
     expected = F.hflip(expected) if flip_draw < 0.5 else expected
     result = transform(png(photo), draws)
     assert result.dtype == np.uint8

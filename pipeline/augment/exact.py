@@ -19,13 +19,13 @@ from shards.crop import decode
 
 @dataclass(frozen=True)
 class TrainTransform(Choices):
-    """RandomResizedCrop (bilinear, antialiased), flip, RandAugment, in this order, as torchvision does them."""
+    """RandomResizedCrop (antialiased), flip, RandAugment, in this order, as torchvision does them."""
 
     def __call__(self, data: bytes, draws: np.ndarray) -> np.ndarray:
         """Encoded image and draws float64 [num_draws] in [0, 1) -> uint8 [S, S, 3]. ValueError as `decode`."""
         image = decode(data)
         box = self.crop(draws, image.height, image.width)
-        image = F.resized_crop(image, *box, [self.image_size, self.image_size], InterpolationMode.BILINEAR)
+        image = F.resized_crop(image, *box, [self.image_size, self.image_size], InterpolationMode(self.interpolation))
         if self.flips(draws):
             image = F.hflip(image)
         for name, magnitude in self.operations(draws):

@@ -52,6 +52,8 @@ class Augment:
     """Range of the crop's share of the image area."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Range of the crop's aspect ratio before it is resized to a square."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """Antialiased filter that resizes the crop."""
     hflip: float = 0.5
     """Probability of a horizontal flip."""
     randaugment_ops: int = 0
