@@ -123,8 +123,12 @@ def _range_errors(recipe: Recipe) -> list[str]:
 
 
 def _augment_errors(section: Augment) -> list[str]:
-    """What depends on another field of the section."""
-    return [
+    """What depends on another field of the section, or has two limits."""
+    found = []
+    low, high = section.erasing_scale
+    if not 0 < low <= high <= 1:
+        found.append(f"augment.erasing_scale {section.erasing_scale}: must be 0 < low <= high <= 1")
+    return found + [
         f"augment.{kind}_alpha {alpha}: must be above 0 while {kind} is on"
         for kind, alpha in (("mixup", section.mixup_alpha), ("cutmix", section.cutmix_alpha))
         if getattr(section, kind) and alpha <= 0

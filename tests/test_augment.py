@@ -205,17 +205,21 @@ def test_normalise_is_torchvisions():
     assert device.normalise(torch.zeros(1, 3, 1, 1, dtype=torch.uint8))[0, 0, 0, 0] == pytest.approx(-0.485 / 0.229)
 
 
-def test_erasing_boxes_are_torchvisions(feed):
+@pytest.mark.parametrize("scale", [(0.02, 0.33), (0.02, 1 / 3), (0.3, 0.6)])
+def test_erasing_boxes_are_torchvisions(feed, scale):
     draws = np.random.default_rng(4).random((200, device.ERASING_DRAWS))
-    boxes = device.erasing_boxes(torch.from_numpy(draws), 1.0, 40, 60)
+    boxes = device.erasing_boxes(torch.from_numpy(draws), 1.0, 40, 60, scale)
 
     def fits(pair):
-        area, aspect = 2400 * (0.02 + 0.31 * pair[0]), np.exp(np.log(0.3) + np.log(11.0) * pair[1])
+        area = 2400 * (scale[0] + (scale[1] - scale[0]) * pair[0])
+        aspect = np.exp(np.log(0.3) + np.log(11.0) * pair[1])
         return round(np.sqrt(area * aspect)) < 40 and round(np.sqrt(area / aspect)) < 60
 
     for sample, box in zip(draws, boxes.tolist(), strict=True):
         feed(attempts_then_position(sample[1:], fits))
-        expected = transforms.RandomErasing.get_params(torch.empty(3, 40, 60), (0.02, 0.33), (0.3, 3.3), [0.0])
+        expected = transforms.RandomErasing.get_params(torch.empty(3, 40, 60), scale, (0.3, 3.3), [0.0])
+        if expected[2:4] == (40, 60):  # torchvision gives up by the whole image
+            expected = (0, 0, 0, 0)
         assert box == list(expected[:4])
 
 

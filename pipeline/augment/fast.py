@@ -52,8 +52,7 @@ def _bilinear(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
 
 def _bicubic(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     """What the cubic overshoots by is cut off between the two passes, so their order is felt: Pillow begins with the
-    height where that shrinks by over twice as many pixels as the width (from 13 on: its pull request 9549), torch never.
-    """
+    height where it shrinks by over twice as many pixels as the width (since 13: its pull request 9549), torch never."""
     height, width, _ = pixels.shape
     if height > side and height - side > 2 * (width - side):
         pixels = _resample(torch.ops.aten._upsample_bicubic2d_aa, pixels, side, width)

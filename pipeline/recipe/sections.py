@@ -62,6 +62,10 @@ class Augment:
     """RandAugment magnitude, 0 to 30."""
     erasing: float = 0.0
     """Probability that a random box of a sample is erased."""
+    erasing_fill: Literal["mean", "noise"] = "mean"
+    """What is there then: the mean of all images, or normal noise a pixel."""
+    erasing_scale: tuple[float, float] = (0.02, 0.33)
+    """Range of the box's share of the image area."""
     mixup: bool = False
     """Mix pairs of samples by MixUp; with cutmix on too, one of both is drawn a step."""
     cutmix: bool = False
