@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from pipeline import optim
 from pipeline.augment.exact import EvalTransform, TrainTransform
 from pipeline.augment.fast import FastTrainTransform
-from pipeline.augment.mixing import Mixing
 from pipeline.backend import StepOptions, World, wrap
 from pipeline.backend.tracking import check_installed, open_trackers
 from pipeline.best import Best
@@ -184,16 +183,15 @@ def make_input(recipe: Recipe, index: Index, store: Store, world: World) -> Inpu
         augment.hflip,
         augment.randaugment_ops,
         augment.randaugment_magnitude,
+        augment.interpolation,
     )
     train = Samples(Reader(index, data.train, store), transform, recipe.seed, substitutes=True)
-    seen_once = EvalTransform(augment.image_size)
+    seen_once = EvalTransform.of(recipe)
     validation = Samples(Reader(index, data.val, store), seen_once, recipe.seed, substitutes=False)
     shuffle = make_shuffle(recipe, index)
     plan = Plan(len(train.reader), index.fingerprint(data.train), recipe.seed, data.global_batch, shuffle)
     stream = TrainStream(train, plan, world, make_layout(recipe, world), Loading(data.workers, world.device))
-    mixing = Mixing(augment.mixup, augment.cutmix, augment.mixup_alpha)
-    on_device = DeviceAugment(index.num_classes, recipe.seed, augment.erasing, mixing)
-    return Input(stream, on_device, validation)
+    return Input(stream, DeviceAugment.of(recipe, index.num_classes), validation)
 
 
 def make_shuffle(recipe: Recipe, index: Index) -> Shuffle:

@@ -1,6 +1,6 @@
 """What about a recipe alone cannot work, and what its durations are in steps."""
 
-from pipeline.recipe import Optimizer, Recipe, flatten
+from pipeline.recipe import Augment, Optimizer, Recipe, flatten
 from shards.budget import Budget
 from shards.errors import UserError
 
@@ -22,7 +22,12 @@ def num_steps(duration: str, batches_per_epoch: int, global_batch: int, total: i
 
 def validate(recipe: Recipe) -> None:
     """Raises one UserError that lists everything about the recipe alone that cannot work."""
-    found = [*_duration_errors(recipe), *_range_errors(recipe), *_start_errors(recipe)]
+    found = [
+        *_duration_errors(recipe),
+        *_range_errors(recipe),
+        *_augment_errors(recipe.augment),
+        *_start_errors(recipe),
+    ]
     if found:
         raise UserError("the recipe cannot run:\n" + "\n".join(f"  - {message}" for message in found))
 
@@ -105,14 +110,29 @@ def _range_errors(recipe: Recipe) -> list[str]:
     ]
     spans = {"augment.crop_scale": recipe.augment.crop_scale, "augment.crop_ratio": recipe.augment.crop_ratio}
     found += [f"{name} {span}: must be 0 < low <= high" for name, span in spans.items() if not 0 < span[0] <= span[1]]
+    if not 0 <= recipe.label_smoothing < 1:
+        found.append(f"label_smoothing {recipe.label_smoothing}: must be 0 <= value < 1")
+    if not 0 < recipe.evaluation.crop_pct <= 1:
+        found.append(f"evaluation.crop_pct {recipe.evaluation.crop_pct}: must be 0 < value <= 1")
     found += _optimizer_errors(recipe.optimizer)
     try:
         Budget(recipe.data.max_bad)
     except UserError as error:
         found.append(f"data.max_bad: {error}")
-    if (recipe.augment.mixup or recipe.augment.cutmix) and recipe.augment.mixup_alpha <= 0:
-        found.append(f"augment.mixup_alpha {recipe.augment.mixup_alpha}: must be above 0 while mixup or cutmix is on")
     return found
+
+
+def _augment_errors(section: Augment) -> list[str]:
+    """What depends on another field of the section, or has two limits."""
+    found = []
+    low, high = section.erasing_scale
+    if not 0 < low <= high <= 1:
+        found.append(f"augment.erasing_scale {section.erasing_scale}: must be 0 < low <= high <= 1")
+    return found + [
+        f"augment.{kind}_alpha {alpha}: must be above 0 while {kind} is on"
+        for kind, alpha in (("mixup", section.mixup_alpha), ("cutmix", section.cutmix_alpha))
+        if getattr(section, kind) and alpha <= 0
+    ]
 
 
 def _start_errors(recipe: Recipe) -> list[str]:

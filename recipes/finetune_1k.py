@@ -50,6 +50,7 @@ def _small(model: Model) -> Recipe:
             mixup=True,
             cutmix=True,
             mixup_alpha=0.5,
+            cutmix_alpha=0.5,
         ),
         model=dataclasses.replace(model, drop_path_rate=0.1),
         optimizer=Optimizer(weight_decay=0.03),
@@ -64,7 +65,9 @@ def _base(model: Model) -> Recipe:
     return dataclasses.replace(
         small,
         data=dataclasses.replace(small.data, global_batch=2048),
-        augment=dataclasses.replace(small.augment, randaugment_ops=3, randaugment_magnitude=20, mixup_alpha=0.8),
+        augment=dataclasses.replace(
+            small.augment, randaugment_ops=3, randaugment_magnitude=20, mixup_alpha=0.8, cutmix_alpha=0.8
+        ),
         model=dataclasses.replace(model, drop_path_rate=0.2),
         optimizer=Optimizer(weight_decay=0.1),
         schedule=dataclasses.replace(small.schedule, lr=0.25e-4, min_lr=1e-7),

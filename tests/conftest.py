@@ -81,14 +81,16 @@ def chain_options(small: list[str]) -> list[str]:
 @pytest.fixture(scope="session")
 def finished(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A chain that one process of DDP has finished, of 8 steps a stage; nobody may write there. `pretrain` evaluated
-    every step, with so large a learning rate that the last is not the best; `finetune` uploaded its checkpoints."""
+    every step, with so large a learning rate that the last is not the best; `finetune` uploaded its checkpoints, and is
+    evaluated on the middle quarter of the images."""
     root = tmp_path_factory.mktemp("finished")
     both = {"data.path": shards, "data.global-batch": 16, "data.workers": 0, "augment.image-size": 16}
     both |= {"model.memory-ps": 4, "model.process-ps": 8, "model.embed-dim": 24, "evaluation.batch": 8}
     both |= {"schedule.length": "8 steps", "checkpoint.every": "4 steps"}
     options = {f"{stage}.{name}": value for stage in ("pretrain", "finetune") for name, value in both.items()}
     options |= {"pretrain.evaluation.every": "1 steps", "pretrain.schedule.lr": 0.004}
-    options |= {"pretrain.augment.randaugment-ops": 0, "finetune.checkpoint.upload": f"file://{root}/uploaded"}
+    options |= {"pretrain.augment.randaugment-ops": 0, "finetune.evaluation.crop-pct": 0.5}
+    options |= {"finetune.checkpoint.upload": f"file://{root}/uploaded"}
     texts = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     arguments = ["--debug", *texts, "--pretrain.augment.no-mixup", "--run-dir", str(root / "chain")]
     ended = ranks.run_script("recipes/chain.py", arguments, root / "logs").wait()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data.mixup import mixup_target
 from torchvision import transforms
 from torchvision.transforms import functional as F
 from torchvision.transforms import v2
@@ -87,13 +88,14 @@ def test_crop_falls_back_to_the_centre():
     assert choices.crop_box(draws, 10, 90, (0.9, 1.0), (3 / 4, 4 / 3)) == Box(0, 38, 10, 13)
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("flip_draw", [0.49, 0.51])
-def test_crop_and_flip_give_torchvisions_pixels(photo, flip_draw):
-    transform = TrainTransform(48)
+def test_crop_and_flip_give_torchvisions_pixels(photo, flip_draw, interpolation):
+    transform = TrainTransform(48, interpolation=interpolation)
     draws = np.random.default_rng(2).random(transform.num_draws)
     draws[choices.CROP_DRAWS] = flip_draw
     box = choices.crop_box(draws[: choices.CROP_DRAWS], 70, 90, transform.crop_scale, transform.crop_ratio)
-    expected = F.resized_crop(photo, *box, [48, 48], antialias=True)
+    expected = F.resized_crop(photo, *box, [48, 48], F.InterpolationMode(interpolation), antialias=True)
     expected = F.hflip(expected) if flip_draw < 0.5 else expected
     result = transform(png(photo), draws)
     assert result.dtype == np.uint8
@@ -144,12 +146,17 @@ def test_transform_depends_on_its_draws_alone(photo):
 # --- evaluation and decoding
 
 
-@pytest.mark.parametrize(("image_size", "shorter"), [(224, 256), (32, 37), (48, 55)])
-def test_eval_transform_is_torchvisions(photo, image_size, shorter):
+@pytest.mark.parametrize(
+    ("image_size", "crop_pct", "shorter"),
+    [(224, 0.875, 256), (32, 0.875, 37), (48, 0.875, 55), (224, 224 / 248, 248), (48, 1.0, 48), (32, 0.5, 64)],
+)
+def test_eval_transform_is_torchvisions(photo, image_size, crop_pct, shorter):
     expected = transforms.Compose(
         [transforms.Resize(shorter, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(image_size)]
     )(photo)
-    np.testing.assert_array_equal(EvalTransform(image_size)(png(photo)), np.asarray(expected))
+    np.testing.assert_array_equal(EvalTransform(image_size, crop_pct)(png(photo)), np.asarray(expected))
+    if crop_pct == 0.875:
+        assert EvalTransform(image_size).resized == shorter
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "1"])
@@ -198,17 +205,21 @@ def test_normalise_is_torchvisions():
     assert device.normalise(torch.zeros(1, 3, 1, 1, dtype=torch.uint8))[0, 0, 0, 0] == pytest.approx(-0.485 / 0.229)
 
 
-def test_erasing_boxes_are_torchvisions(feed):
+@pytest.mark.parametrize("scale", [(0.02, 0.33), (0.02, 1 / 3), (0.3, 0.6)])
+def test_erasing_boxes_are_torchvisions(feed, scale):
     draws = np.random.default_rng(4).random((200, device.ERASING_DRAWS))
-    boxes = device.erasing_boxes(torch.from_numpy(draws), 1.0, 40, 60)
+    boxes = device.erasing_boxes(torch.from_numpy(draws), 1.0, 40, 60, scale)
 
     def fits(pair):
-        area, aspect = 2400 * (0.02 + 0.31 * pair[0]), np.exp(np.log(0.3) + np.log(11.0) * pair[1])
+        area = 2400 * (scale[0] + (scale[1] - scale[0]) * pair[0])
+        aspect = np.exp(np.log(0.3) + np.log(11.0) * pair[1])
         return round(np.sqrt(area * aspect)) < 40 and round(np.sqrt(area / aspect)) < 60
 
     for sample, box in zip(draws, boxes.tolist(), strict=True):
         feed(attempts_then_position(sample[1:], fits))
-        expected = transforms.RandomErasing.get_params(torch.empty(3, 40, 60), (0.02, 0.33), (0.3, 3.3), [0.0])
+        expected = transforms.RandomErasing.get_params(torch.empty(3, 40, 60), scale, (0.3, 3.3), [0.0])
+        if expected[2:4] == (40, 60):  # torchvision gives up by the whole image
+            expected = (0, 0, 0, 0)
         assert box == list(expected[:4])
 
 
@@ -252,6 +263,17 @@ def batch():
 
 def test_one_hot():
     assert device.one_hot(torch.tensor([2, 0]), 3).tolist() == [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
+    torch.testing.assert_close(
+        device.one_hot(torch.tensor([1]), 4, 0.2), torch.tensor([[0.05, 0.85, 0.05, 0.05]]), rtol=0, atol=1e-7
+    )
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_smoothed_and_mixed_targets_are_timms(smoothing):
+    labels = torch.tensor([2, 0])  # timm mixes with the batch turned round: of two samples, with the neighbour
+    images = torch.zeros(2, 3, 4, 4)
+    _, targets = Mix("mixup", 0.3).apply(images, device.one_hot(labels, 7, smoothing))
+    assert torch.equal(targets, mixup_target(labels, 7, 0.3, smoothing))
 
 
 @pytest.mark.parametrize("mix", [Mix("mixup", 0.3), Mix("cutmix", 1 - 12 / 192, Box(2, 3, 3, 4)), Mix()])
@@ -279,7 +301,7 @@ def test_cutmix_pastes_the_neighbours_box(batch):
 
 
 def test_cutmix_lambda_is_the_area_kept():
-    mixes = [Mixing(mixup=False, cutmix=True, alpha=1.0).draw(0, step, 20, 30) for step in range(200)]
+    mixes = [Mixing(False, True, 0.5, 1.0).draw(0, step, 20, 30) for step in range(200)]
     for mix in mixes:
         assert mix.kind == "cutmix"
         assert mix.lam == pytest.approx(1 - mix.box.height * mix.box.width / 600)
@@ -301,7 +323,7 @@ def test_cutmix_box_is_torchvisions(feed):
 
 
 def test_mixing_draws_are_keyed_by_seed_and_step():
-    mixing = Mixing(mixup=True, cutmix=True, alpha=0.8)
+    mixing = Mixing(mixup=True, cutmix=True, mixup_alpha=0.8, cutmix_alpha=0.8)
     mixes = [mixing.draw(7, step, 32, 32) for step in range(400)]
     assert mixes == [mixing.draw(7, step, 32, 32) for step in range(400)]
     assert mixes != [mixing.draw(8, step, 32, 32) for step in range(400)]
@@ -310,14 +332,29 @@ def test_mixing_draws_are_keyed_by_seed_and_step():
 
 @pytest.mark.parametrize("alpha", [0.5, 0.8])
 def test_mixup_lambda_is_beta(alpha):
-    mixing = Mixing(mixup=True, cutmix=False, alpha=alpha)
+    mixing = Mixing(mixup=True, cutmix=False, mixup_alpha=alpha, cutmix_alpha=9.0)
     lams = np.array([mixing.draw(0, step, 32, 32).lam for step in range(4000)])
     assert lams.mean() == pytest.approx(0.5, abs=0.02)
     assert lams.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), abs=0.01)
 
 
+def test_mixup_and_cutmix_have_alphas_of_their_own():
+    """The one that is not drawn does not matter; both draw the same, whatever the alphas are."""
+    both, other = Mixing(True, True, 0.8, 0.8), Mixing(True, True, 0.8, 50.0)
+    pairs = [(both.draw(3, step, 512, 512), other.draw(3, step, 512, 512)) for step in range(300)]
+    assert all(one.kind == two.kind for one, two in pairs)
+    assert all(one == two for one, two in pairs if one.kind == "mixup")
+    wide, narrow = (np.array([pair[side].lam for pair in pairs if pair[0].kind == "cutmix"]) for side in (0, 1))
+    assert narrow.min() > 0.3, "of Beta(50, 50), whose deviation is 0.05"
+    assert wide.min() < 0.2, "of Beta(0.8, 0.8)"
+    for step, (one, _) in enumerate(pairs):  # what one alpha for both drew
+        generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([mixing.MIXING_STREAM, 3, step])))
+        kind, lam = generator.integers(2), generator.beta(0.8, 0.8)
+        assert one.lam == lam if kind == 0 else one == mixing._cutmix(lam, generator.random(2), 512, 512)
+
+
 def test_no_mixing(batch):
-    mix = Mixing(mixup=False, cutmix=False, alpha=0.8).draw(0, 0, 32, 32)
+    mix = Mixing(False, False, 0.8, 0.8).draw(0, 0, 32, 32)
     assert mix == Mix()
     assert mix.apply(*batch) == batch
 

@@ -62,7 +62,7 @@ def evaluate_again(run_dir: Path, weights: Path) -> float:
     index = Index.load(recipe.data.path)
     model = make_model(recipe, index.num_classes).eval()
     model.load_state_dict(load_file(weights))
-    reader, transform = Reader(index, "val"), EvalTransform(recipe.augment.image_size)
+    reader, transform = Reader(index, "val"), EvalTransform.of(recipe)
     images, labels = zip(*(reader.read(number, transform) for number in range(len(reader))), strict=True)
     batch = normalise(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))
     return (model(batch).argmax(dim=1) == torch.tensor(labels)).double().mean().item()

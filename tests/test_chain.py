@@ -86,7 +86,7 @@ def provenance_of(path, capsys, *options):
 @torch.no_grad()
 def scores_of(run, data):
     """Mean loss and top-1 of the memory head on the held-out images."""
-    reader, transform = Reader(Index.load(data), "val"), EvalTransform(run.recipe.augment.image_size)
+    reader, transform = Reader(Index.load(data), "val"), EvalTransform.of(run.recipe)
     pixels, labels = zip(*(reader.read(sample, transform) for sample in range(len(reader))), strict=True)
     logits, labels = run.model(normalise(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2))), torch.tensor(labels)
     return F.cross_entropy(logits, labels).item(), (logits.argmax(dim=1) == labels).double().mean().item()

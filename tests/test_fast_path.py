@@ -25,6 +25,11 @@ def encoded(image: Image.Image, **options) -> bytes:
     return buffer.getvalue()
 
 
+def black_and_white(height: int, width: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 2, (height, width, 3), np.uint8) * np.uint8(255))
+
+
+SHAPES = [(90, 60), (60, 90), (90, 80), (200, 120), (30, 20), (64, 64), (1, 500), (500, 1), (3, 1)]
 JPEG = encoded(photo(150, 200), quality=90)
 FORMS = {
     "jpeg": JPEG,
@@ -63,11 +68,32 @@ def test_randaugment_gets_the_same_operations():
         assert np.median(difference) <= 1
 
 
-@pytest.mark.parametrize("shape", [(90, 60), (60, 90), (30, 20), (64, 64), (1, 500), (3, 1)])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_resize_is_pillows(shape):
     image = photo(*shape)
     expected = np.asarray(image.resize((64, 64), Image.Resampling.BILINEAR)).astype(int)
     assert np.abs(resize(np.asarray(image).copy(), 64) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("picture", [photo, black_and_white])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bicubic_resize_is_pillows(shape, picture):
+    """However much the cubic overshoots, which is most between black and white."""
+    image = picture(*shape)
+    expected = np.asarray(image.resize((64, 64), Image.Resampling.BICUBIC)).astype(int)
+    assert np.abs(resize(np.asarray(image).copy(), 64, "bicubic") - expected).max() <= 2
+
+
+def test_bicubic_crops_are_hardly_off():
+    exact, fast = (path(96, interpolation="bicubic") for path in (TrainTransform, FastTrainTransform))
+    draws = np.random.default_rng(3).random((60, exact.num_draws))
+    crops = [exact(JPEG, row) for row in draws]
+    difference = np.abs(np.array([fast(JPEG, row) for row in draws]).astype(int) - crops)
+    assert difference.max() <= 2
+    assert difference.mean() < 0.01
+    assert (difference > 1).mean() < 1e-4
+    bilinear = np.array([TrainTransform(96)(JPEG, row) for row in draws]).astype(int)
+    assert np.abs(bilinear - crops).mean() > 1, "they are two filters"
 
 
 @pytest.mark.parametrize("data", [b"not a jpg", JPEG[:1000], JPEG[:-600]])

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from pipeline.recipe import Augment, Checkpoint, Data, Recipe, Schedule, flatten, parse
+from pipeline.recipe import Augment, Checkpoint, Data, Evaluation, Recipe, Schedule, flatten, parse
 from pipeline.validate import num_steps, validate
 from recipes import chain as chain_recipe
 from recipes import demo, finetune_1k, pretrain_21k
@@ -36,6 +36,7 @@ PRETRAIN = PATCHES | {
     "augment.mixup": True,
     "augment.cutmix": False,
     "augment.mixup_alpha": 0.5,
+    "augment.cutmix_alpha": 0.5,
     "augment.erasing": 0.0,
     "loss": "ce",
     "model.drop_path_rate": 0.0,
@@ -57,6 +58,7 @@ FINETUNE_BASE = FINETUNE_SMALL | {
     "augment.randaugment_ops": 3,
     "augment.randaugment_magnitude": 20,
     "augment.mixup_alpha": 0.8,
+    "augment.cutmix_alpha": 0.8,
     "model.drop_path_rate": 0.2,
 }
 
@@ -161,7 +163,9 @@ def test_what_is_no_duration(duration):
 def test_everything_wrong_is_listed_together():
     recipe = Recipe(
         data=Data(global_batch=0, workers=-1),
-        augment=Augment(crop_scale=(0.5, 0.1), mixup=True, mixup_alpha=0.0, hflip=1.5),
+        label_smoothing=1.0,
+        augment=Augment(crop_scale=(0.5, 0.1), mixup=True, mixup_alpha=0.0, cutmix=True, cutmix_alpha=0.0, hflip=1.5),
+        evaluation=Evaluation(crop_pct=0.0),
         schedule=Schedule(length="50%", warmup="soon"),
         checkpoint=Checkpoint(every="0 steps"),
     )
@@ -177,5 +181,8 @@ def test_everything_wrong_is_listed_together():
         "augment.hflip",
         "data.workers",
         "augment.crop_scale",
+        "label_smoothing",
+        "evaluation.crop_pct",
         "augment.mixup_alpha",
+        "augment.cutmix_alpha",
     ]

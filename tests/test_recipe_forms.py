@@ -34,7 +34,8 @@ SHAMPOO = {
     "shampoo.grafting_beta2": 0.999,
     "shampoo.grafting_epsilon": 1e-8,
 }
-UNLIKE = ("run_dir", "model.name", "augment.mixup_alpha", "augment.randaugment_ops", "augment.randaugment_magnitude")
+ALPHAS = ("augment.mixup_alpha", "augment.cutmix_alpha")
+UNLIKE = ("run_dir", "model.name", *ALPHAS, "augment.randaugment_ops", "augment.randaugment_magnitude")
 FORMS = {
     f"{stage}-{model}-{variant}"
     for stage, model, variant in itertools.product(

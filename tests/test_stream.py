@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.augment.erasing import Erasing, Noise
 from pipeline.augment.mixing import Mixing
 from pipeline.backend.world import World
 from pipeline.data.batch import PADDING
@@ -85,8 +86,10 @@ def test_entering_at_a_step_equals_getting_there(stream_of):
         assert (expected.step, expected.epoch) == (found.step, found.epoch)
 
 
-def test_erasing_and_mixing_depend_on_the_global_batch_alone(stream_of):
-    augment = DeviceAugment(5, seed=5, erasing=0.5, mixing=Mixing(mixup=True, cutmix=True, alpha=0.8))
+@pytest.mark.parametrize("erasing", [Erasing(0.5), Erasing(0.5, (0.02, 1 / 3), Noise(5))], ids=["mean", "noise"])
+def test_erasing_and_mixing_depend_on_the_global_batch_alone(stream_of, erasing):
+    mixing = Mixing(mixup=True, cutmix=True, mixup_alpha=0.8, cutmix_alpha=1.0)
+    augment = DeviceAugment(5, seed=5, erasing=erasing, mixing=mixing, label_smoothing=0.1)
     whole = [augment(batch) for (batch,) in read(stream_of())]
     parts = [[augment(batch) for (batch,) in read(stream_of(rank, 3))] for rank in range(3)]
     for step, (images, targets) in enumerate(whole):

@@ -70,7 +70,7 @@ def _show(arguments: argparse.Namespace) -> None:
     _check_output(arguments.output)
     run = load_run(arguments.checkpoint)
     model = _vittm(run)
-    pixels = _pixels(arguments.image, run.recipe.augment.image_size)
+    pixels = _pixels(arguments.image, EvalTransform.of(run.recipe))
     sheet = draw(_picture(arguments, run, model, pixels))
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
@@ -95,12 +95,12 @@ def _vittm(run: Trained) -> ViTTM:
     return run.model
 
 
-def _pixels(path: Path, image_size: int) -> NDArray[np.uint8]:
+def _pixels(path: Path, transform: EvalTransform) -> NDArray[np.uint8]:
     """uint8 [S, S, 3]: the image as evaluation sees it."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a JPEG or PNG")
     try:
-        return EvalTransform(image_size)(path.read_bytes())
+        return transform(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{path}: {error}; give a JPEG or PNG") from error
 

@@ -8,7 +8,7 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from torchvision.transforms.autoaugment import RandAugment
@@ -18,6 +18,7 @@ from shards.crop import Box
 CROP_ATTEMPTS = 10  # as torchvision; two draws each (area, ratio), then two for the position
 CROP_DRAWS = 2 * CROP_ATTEMPTS + 2
 RANDAUGMENT_BINS = 31
+Interpolation = Literal["bilinear", "bicubic"]
 
 
 class Operation(NamedTuple):
@@ -41,6 +42,7 @@ class Choices:
     hflip: float = 0.5
     randaugment_ops: int = 0
     randaugment_magnitude: int = 0
+    interpolation: Interpolation = "bilinear"
 
     @property
     def num_draws(self) -> int:

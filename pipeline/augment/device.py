@@ -7,6 +7,7 @@ import functools
 import math
 
 import torch
+from timm.data import mixup
 from torch import Tensor
 
 from pipeline.augment.choices import CROP_ATTEMPTS, CROP_DRAWS
@@ -37,14 +38,16 @@ def denormalise(images: Tensor) -> Tensor:
     return images.mul(std).add(mean).mul(255).round().clamp(0, 255).to(torch.uint8)
 
 
-def erasing_boxes(draws: Tensor, probability: float, height: int, width: int) -> Tensor:
+def erasing_boxes(
+    draws: Tensor, probability: float, height: int, width: int, scale: tuple[float, float] = ERASING_SCALE
+) -> Tensor:
     """Draws float64 [B, ERASING_DRAWS] -> boxes int64 [B, 4] (top, left, height, width); all zero: nothing to erase.
 
     The rule of `torchvision.transforms.RandomErasing`, a box a sample: the first of ten tries that is smaller than the
-    image, of an area uniform in ERASING_SCALE and a height/width log-uniform in ERASING_RATIO.
+    image, of an area uniform in `scale` and a height/width log-uniform in ERASING_RATIO.
     """
     erased, tries, position = draws[:, 0] < probability, draws[:, 1:-2].unflatten(1, (CROP_ATTEMPTS, 2)), draws[:, -2:]
-    area = height * width * (ERASING_SCALE[0] + (ERASING_SCALE[1] - ERASING_SCALE[0]) * tries[..., 0])
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * tries[..., 0])
     low, high = (math.log(ratio) for ratio in ERASING_RATIO)
     aspect = torch.exp(low + (high - low) * tries[..., 1])
     sizes = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], dim=-1).round().long()  # [B, tries, 2]
@@ -56,15 +59,17 @@ def erasing_boxes(draws: Tensor, probability: float, height: int, width: int) ->
     return boxes * (erased & fits.any(dim=1)).unsqueeze(1)
 
 
-def erase(images: Tensor, boxes: Tensor) -> Tensor:
-    """Zeros the boxes int64 [B, 4] of normalised images float [B, 3, H, W], each sample its own."""
+def erase(images: Tensor, boxes: Tensor, fill: Tensor | float = 0.0) -> Tensor:
+    """Images float [B, 3, H, W] with `fill`, a number or of their shape, in the boxes int64 [B, 4], each its own."""
     top, left, height, width = boxes.unsqueeze(-1).unbind(1)  # each [B, 1]
     rows, columns = (torch.arange(side, device=images.device) for side in images.shape[-2:])
     in_rows = (rows >= top) & (rows < top + height)
     in_columns = (columns >= left) & (columns < left + width)
-    return images.masked_fill((in_rows.unsqueeze(2) & in_columns.unsqueeze(1)).unsqueeze(1), 0)
+    return torch.where((in_rows.unsqueeze(2) & in_columns.unsqueeze(1)).unsqueeze(1), fill, images)
 
 
-def one_hot(labels: Tensor, num_classes: int) -> Tensor:
-    """Labels int64 [B] -> targets float32 [B, C]."""
-    return torch.nn.functional.one_hot(labels, num_classes).float()
+def one_hot(labels: Tensor, num_classes: int, smoothing: float = 0.0) -> Tensor:
+    """Labels int64 [B] -> targets float32 [B, C], of which `smoothing` is spread evenly over all classes, as timm's
+    Mixup does (arXiv 1512.00567, section 7)."""
+    off = smoothing / num_classes
+    return mixup.one_hot(labels, num_classes, on_value=1.0 - smoothing + off, off_value=off)

@@ -13,18 +13,19 @@ from torchvision.transforms import functional as F
 from torchvision.transforms.autoaugment import _apply_op
 
 from pipeline.augment.choices import Choices
+from pipeline.recipe import Recipe
 from shards.crop import decode
 
 
 @dataclass(frozen=True)
 class TrainTransform(Choices):
-    """RandomResizedCrop (bilinear, antialiased), flip, RandAugment, in this order, as torchvision does them."""
+    """RandomResizedCrop (antialiased), flip, RandAugment, in this order, as torchvision does them."""
 
     def __call__(self, data: bytes, draws: np.ndarray) -> np.ndarray:
         """Encoded image and draws float64 [num_draws] in [0, 1) -> uint8 [S, S, 3]. ValueError as `decode`."""
         image = decode(data)
         box = self.crop(draws, image.height, image.width)
-        image = F.resized_crop(image, *box, [self.image_size, self.image_size], InterpolationMode.BILINEAR)
+        image = F.resized_crop(image, *box, [self.image_size, self.image_size], InterpolationMode(self.interpolation))
         if self.flips(draws):
             image = F.hflip(image)
         for name, magnitude in self.operations(draws):
@@ -34,19 +35,24 @@ class TrainTransform(Choices):
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Resize (bicubic, antialiased) so that the shorter side is `image_size * resize_ratio`, then the centre crop.
+    """Resize (bicubic, antialiased) so that the shorter side is `image_size / crop_pct`, then the centre crop.
 
     The shorter side is rounded to the nearest pixel (224 -> 256, 32 -> 37), the longer one down, as in torchvision.
     """
 
     image_size: int
-    resize_ratio: float = 256 / 224
+    crop_pct: float = 0.875
     num_draws: ClassVar[int] = 0  # the same call as TrainTransform, without randomness
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "EvalTransform":
+        """How the recipe's runs are evaluated."""
+        return cls(recipe.augment.image_size, recipe.evaluation.crop_pct)
 
     @property
     def resized(self) -> int:
         """The shorter side before the crop."""
-        return round(self.image_size * self.resize_ratio)
+        return round(self.image_size / self.crop_pct)
 
     def __call__(self, data: bytes, draws: np.ndarray | None = None) -> np.ndarray:
         """Encoded image -> uint8 [S, S, 3]. ValueError as `decode`."""

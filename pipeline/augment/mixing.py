@@ -57,11 +57,13 @@ def _neighbours(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Mixing:
-    """MixUp (arXiv 1710.09412), CutMix (arXiv 1905.04899), or one picked uniformly; lambda ~ Beta(alpha, alpha)."""
+    """MixUp (arXiv 1710.09412), CutMix (arXiv 1905.04899), or one picked uniformly; lambda ~ Beta(alpha, alpha), each
+    with its own alpha."""
 
     mixup: bool
     cutmix: bool
-    alpha: float
+    mixup_alpha: float
+    cutmix_alpha: float
 
     def draw(self, seed: int, step: int, height: int, width: int) -> Mix:
         """The mix of global batch `step`, the same on every rank, for images of height x width pixels."""
@@ -70,7 +72,8 @@ class Mixing:
             return Mix()
         generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([MIXING_STREAM, seed, step])))
         kind = kinds[generator.integers(len(kinds))]
-        lam = float(generator.beta(self.alpha, self.alpha))
+        alpha = self.mixup_alpha if kind == "mixup" else self.cutmix_alpha
+        lam = float(generator.beta(alpha, alpha))
         return Mix("mixup", lam) if kind == "mixup" else _cutmix(lam, generator.random(2), height, width)
 
 

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.augment.device import ERASING_DRAWS, erase, erasing_boxes, normalise, one_hot
+from pipeline.augment.device import normalise, one_hot
+from pipeline.augment.erasing import Erasing, Noise, mean
 from pipeline.augment.mixing import Mixing
 from pipeline.data.batch import Batch
 from pipeline.data.samples import ERASING_STREAM
+from pipeline.recipe import Recipe
 from shards.keyed import uniforms
 
 
@@ -18,15 +20,28 @@ class DeviceAugment:
 
     num_classes: int
     seed: int
-    erasing: float
+    erasing: Erasing
     mixing: Mixing
+    label_smoothing: float = 0.0
+
+    @classmethod
+    def of(cls, recipe: Recipe, num_classes: int) -> "DeviceAugment":
+        section = recipe.augment
+        fill = Noise(recipe.seed) if section.erasing_fill == "noise" else mean
+        return cls(
+            num_classes,
+            recipe.seed,
+            Erasing(section.erasing, section.erasing_scale, fill),
+            Mixing(section.mixup, section.cutmix, section.mixup_alpha, section.cutmix_alpha),
+            recipe.label_smoothing,
+        )
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         height, width = batch.images.shape[-2:]
         images = normalise(batch.images)
-        if self.erasing:
-            draws = torch.from_numpy(uniforms(self.seed, batch.epoch, batch.ids.numpy(), ERASING_STREAM, ERASING_DRAWS))
-            boxes = erasing_boxes(draws.to(images.device), self.erasing, height, width)
-            images = erase(images, boxes)
+        if self.erasing.probability:
+            ids, count = batch.ids.numpy(), self.erasing.num_draws
+            draws = torch.from_numpy(uniforms(self.seed, batch.epoch, ids, ERASING_STREAM, count))
+            images = self.erasing(images, draws.to(images.device))
         mix = self.mixing.draw(self.seed, batch.step, height, width)
-        return mix.apply(images, one_hot(batch.labels, self.num_classes))
+        return mix.apply(images, one_hot(batch.labels, self.num_classes, self.label_smoothing))

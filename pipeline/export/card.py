@@ -32,7 +32,7 @@ class Licences:
 def card(source: Source, config: dict, num_parameters: int, licences: Licences) -> str:
     """README.md, with the header that Hugging Face's hub reads. config: timm's config.json."""
     name, recipe = config["architecture"], source.recipe
-    side, shorter = recipe.augment.image_size, EvalTransform(recipe.augment.image_size).resized
+    side, shorter = recipe.augment.image_size, EvalTransform.of(recipe).resized
     after = f" after {source.step} steps" if source.step is not None else ""
     start = licences.start if recipe.model.start else "there are none: it was trained from scratch"
     lineage = "\n".join(f"- {fact}" for fact in _lineage(source))

@@ -78,7 +78,7 @@ def _data_config(source: Source) -> dict[str, Any]:
         "mean": IMAGENET_MEAN,
         "std": IMAGENET_STD,
         "interpolation": "bicubic",
-        "crop_pct": crop_pct(EvalTransform(side)),
+        "crop_pct": crop_pct(EvalTransform.of(source.recipe)),
         "crop_mode": "center",
     }
 

@@ -86,5 +86,5 @@ def _of_file(path: Path) -> Checkpoint:
 
 def _of_run(path: Path) -> Checkpoint:
     run = load_run(path)
-    classes, view = read_classes(run.weights.absolute().parents[1]), View(EvalTransform(run.recipe.augment.image_size))
+    classes, view = read_classes(run.weights.absolute().parents[1]), View(EvalTransform.of(run.recipe))
     return Checkpoint(str(run.weights), run.model, view, classes, f"the run's {CLASSES}", run.recipe)

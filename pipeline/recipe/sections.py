@@ -52,6 +52,8 @@ class Augment:
     """Range of the crop's share of the image area."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Range of the crop's aspect ratio before it is resized to a square."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """Antialiased filter that resizes the crop."""
     hflip: float = 0.5
     """Probability of a horizontal flip."""
     randaugment_ops: int = 0
@@ -60,12 +62,18 @@ class Augment:
     """RandAugment magnitude, 0 to 30."""
     erasing: float = 0.0
     """Probability that a random box of a sample is erased."""
+    erasing_fill: Literal["mean", "noise"] = "mean"
+    """What is there then: the mean of all images, or normal noise a pixel."""
+    erasing_scale: tuple[float, float] = (0.02, 0.33)
+    """Range of the box's share of the image area."""
     mixup: bool = False
     """Mix pairs of samples by MixUp; with cutmix on too, one of both is drawn a step."""
     cutmix: bool = False
     """Mix pairs of samples by CutMix."""
     mixup_alpha: float = 0.5
-    """Both parameters of the Beta distribution that the mixing weight is drawn from."""
+    """Both parameters of the Beta distribution that MixUp's mixing weight is drawn from."""
+    cutmix_alpha: float = 0.5
+    """The same of CutMix."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +129,8 @@ class Evaluation:
     """How often to evaluate: epochs, steps, images, or a percentage of the length. The end is always evaluated."""
     batch: int = 256
     """Samples of one forward pass of a rank."""
+    crop_pct: float = 0.875
+    """Side of the centre crop over the shorter side of the resized image; export and predictions keep to it, too."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +192,8 @@ class Recipe:
     """Key of every random draw."""
     loss: Literal["ce", "bce"] = "ce"
     """Cross-entropy, or binary cross-entropy summed over classes; of the memory and the process head, added up."""
+    label_smoothing: float = 0.0
+    """Share of a training target that is spread evenly over all classes."""
     ema_decay: float = 0.999
     """Decay of the exponential moving average of the weights; 0 keeps none."""
     dry_run: bool = False

@@ -68,7 +68,7 @@ def worst_mistakes(run_dir: Path) -> Mistakes:
     index, store = open_data(data.path, StoreOptions(data.remote, data.cache, data.cache_size))
     with closing(store):
         reader = Reader(index, data.val, store)
-        seen = list(_seen(run.model, reader, EvalTransform(run.recipe.augment.image_size)))
+        seen = list(_seen(run.model, reader, EvalTransform.of(run.recipe)))
     wrong = sorted((one for one in seen if one.label != one.predicted), key=lambda one: one.of_label)
     worst = tuple(_mistake(one, index.classes) for one in wrong[:NUM_SHOWN])
     return Mistakes(worst, len(wrong), len(seen), len(reader), data.val, run.weights.name)
