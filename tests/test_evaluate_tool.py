@@ -254,6 +254,11 @@ def test_data_that_is_none(constant, shards, alone, tmp_path):
         f"--split val: {shards.parent}/val has no index.json, so it is taken for class folders, which have no splits: "
         "give the directory that holds the folders, and no --split"
     )
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars" / "val-000000.tar").touch()
+    assert error_of(scores_of, asked, tmp_path / "tars", alone).startswith(
+        f"{tmp_path}/tars has no index.json: its shards are missing or unfinished; write them: "
+    )
     assert "no split 'test' in" in error_of(scores_of, asked, shards, alone, split="test")
 
 
