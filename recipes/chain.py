@@ -16,7 +16,7 @@ Debug:    --debug runs both debug forms, on any machine, in two minutes.
 import dataclasses
 import sys
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from pipeline import chain
 from pipeline.optim.table import describe
@@ -57,8 +57,11 @@ def stages(of: Chain) -> list[chain.Stage]:
 
 
 def _on(recipe: Recipe, asked: chain.Evaluating) -> chain.Evaluating:
-    """What is asked for, by default on the recipe's own validation data."""
-    return asked if asked.data else dataclasses.replace(asked, data=recipe.data.path, split=recipe.data.val)
+    """What is asked for; what is not, as the recipe has it: its validation data, and how data is read."""
+    data = recipe.data
+    own: dict[str, Any] = {"remote": data.remote, "cache": data.cache, "cache_size": data.cache_size}
+    own |= {} if asked.data else {"data": data.path, "split": data.val}
+    return dataclasses.replace(asked, **{name: getattr(asked, name) or value for name, value in own.items()})
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """What a chain decides to do with each stage: with stages of this file's own, whose work is to write a line."""
 
 import json
+import re
+import shutil
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
 
-from pipeline import chain
+from pipeline import chain, report
 from pipeline.recipe import Augment, Data, Model, Recipe, Schedule
 from pipeline.record import read_outcome, write_outcome
 from shards.errors import UserError
@@ -34,7 +36,7 @@ class Written:
             raise UserError(f"text {self.text}: no # can be written")
 
     def inputs(self):
-        return {"text": self.text}
+        return {"text": self.text} if self.text else {}
 
     def sources(self):
         return {"data": "none"}
@@ -187,6 +189,60 @@ def test_a_stage_that_others_made_is_neither_taken_nor_done_again(do, tmp_path):
     write_outcome(tmp_path / "first", "done", 1, "by hand")
     with pytest.raises(UserError, match="first was begun outside of this chain, and what went into it is not known"):
         do(three())
+
+
+def test_a_stage_without_inputs_that_others_made_is_not_taken_either(do, tmp_path):
+    (tmp_path / "first").mkdir()
+    write_outcome(tmp_path / "first", "done", 1, "by hand")
+    with pytest.raises(UserError, match="first was begun outside of this chain, and what went into it is not known"):
+        do([Written("first", "")])
+
+
+def test_an_input_that_a_newer_version_has_is_asked_for(do, tmp_path):
+    """It must not make what was trained stale by itself."""
+    do(three()[:1])
+    kept = json.loads((tmp_path / "first" / "provenance.json").read_text())
+    (tmp_path / "first" / "provenance.json").write_text(json.dumps(kept | {"inputs": {}}))
+    with pytest.raises(UserError) as error:
+        do(three())
+    assert str(error.value) == (
+        f"stage first: {tmp_path}/first/provenance.json is of an older version, and does not say what these inputs "
+        "were:\n  - text: None there, 'a' now\nadd them to its \"inputs\" with the values that they had, or --from "
+        f"first to begin it again in a new directory; {tmp_path}/first stays as it is"
+    )
+    assert do(three(), again="first")[1] == "stage first: first-2: begins again, first stays: --from first"
+
+
+def test_what_goes_in_is_noted_before_any_work(do, tmp_path, capsys):
+    assert do([Written("first", "a", stopped=True)])[0] == "requeue"
+    found = json.loads((tmp_path / "first" / "provenance.json").read_text())
+    assert found.keys() == {"inputs", "commit", "stage", "directory", "data"}
+    assert provenance.main([str(tmp_path / "first")]) == 0
+    assert re.fullmatch(rf"first: {tmp_path}/first \(code .+\), unfinished\n", capsys.readouterr().out)
+
+
+def test_a_page_that_cannot_be_made_fails_no_finished_chain(alone, tmp_path, monkeypatch, capsys):
+    def broken(*arguments):
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(report, "write", broken)
+    assert chain.do_all(three(), tmp_path, chain.Options(), alone) == "done"
+    assert "no page about it was written:\nTraceback (most recent call last):" in capsys.readouterr().out
+
+
+def test_class_folders_are_told_by_their_names_and_sizes_wherever_they_lie(tmp_path, monkeypatch):
+    (tmp_path / "data" / "cat").mkdir(parents=True)
+    (tmp_path / "data" / "cat" / "a.jpg").write_bytes(b"image")
+    shutil.copytree(tmp_path / "data", tmp_path / "copy")
+    monkeypatch.chdir(tmp_path)
+    inputs = [
+        chain.Evaluate("judge", "first", options=chain.Evaluating(data=data)).inputs()
+        for data in ("data", "copy/../copy", str(tmp_path / "data"))
+    ]
+    assert inputs[0] == inputs[1] == inputs[2]
+    assert inputs[0].keys() == {"evaluate.split", "file of evaluate.real", "data of the class folders"}
+    (tmp_path / "copy" / "cat" / "a.jpg").write_bytes(b"other image")
+    assert chain.Evaluate("judge", "first", options=chain.Evaluating(data="copy")).inputs() != inputs[0]
 
 
 def test_provenance_leads_from_the_end_to_the_beginning(do, tmp_path):

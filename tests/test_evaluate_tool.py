@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from pipeline.checkpoint.whole import file_names, flushed_hash, seal
 from pipeline.predict import Checkpoint, load_checkpoint, predict
 from pipeline.predict.evaluation import Scores, Settings, evaluate, open_images
 from pipeline.predict.find import load_variants
@@ -66,7 +67,12 @@ def scores_of(variants, data, world, split="", real=None) -> Scores:
 
 
 def last_evaluation(run: Path) -> dict:
-    line = [line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "split" in line][-1]
+    return evaluation_of(run, 8)
+
+
+def evaluation_of(run: Path, step: int) -> dict:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    (line,) = [line for line in lines if "split" in line and line["step"] == step]
     return {name: value for name, value in line.items() if name.endswith(("_top1", "_top5", "_loss", "unreadable"))}
 
 
@@ -86,6 +92,44 @@ def test_the_figures_are_those_of_the_trainer(finished, shards, alone):
     single = scores_of(load_variants(finished / "finetune" / "weights" / "ema.safetensors"), shards, alone).values
     assert {f"ema_{name}" for name in single} - {"ema_unreadable"} < set(found.values)
     assert all(value == found.values[f"ema_{name}"] for name, value in single.items() if name != "unreadable")
+
+
+def test_a_checkpoint_on_the_way_scores_as_the_run_did_then(finished, shards, alone):
+    run = finished / "pretrain"
+    for step in (4, 8):
+        variants = load_variants(run / "checkpoints" / f"step-{step:08d}")
+        asked = variants[""]
+        images = open_images(str(shards), "", asked, StoreOptions())
+        found = evaluate(variants, images, Settings.of(asked.recipe, 0), alone)
+        assert found.values == evaluation_of(run, step)  # bit by bit
+    assert evaluation_of(run, 4) != evaluation_of(run, 8)
+    averaged = load_checkpoint(run / "checkpoints" / "step-00000004")
+    assert (averaged.classes, averaged.name) == (
+        tuple(f"c{label}" for label in range(5)),
+        f"{run}/checkpoints/step-00000004 (averaged weights)",
+    )
+    single = scores_of(averaged, shards, alone).values
+    assert single["memory_top1"] == evaluation_of(run, 4)["ema_memory_top1"]
+
+
+def test_checkpoints_that_are_not_evaluated(finished, tmp_path):
+    path = shutil.copytree(finished / "pretrain" / "checkpoints" / "step-00000004", tmp_path / "step-00000004")
+    state = json.loads((path / "state.json").read_text())
+    for changed, told in (
+        (state | {"strategy": "zero2"}, f"{path} was saved by zero2, whose files are pickles, which may run code when"),
+        (
+            state | {"recipe": {name: value for name, value in state["recipe"].items() if name != "seed"}},
+            f"{path}/state.json is of an older version, and lacks fields that recipes have now: use the version that "
+            'wrote it, or a file of weights/; the defaults are "seed": 0',
+        ),
+    ):
+        (path / "state.json").write_text(json.dumps(changed))
+        for name in ("manifest.json", "COMMITTED"):
+            (path / name).unlink()
+        seal(path, {name: flushed_hash(path / name) for name in file_names(path)})
+        assert error_of(load_variants, path).startswith(told)
+    (path / "state.json").write_text(json.dumps(state))
+    assert "is no checkpoint that is whole (state.json: its SHA-256" in error_of(load_variants, path)
 
 
 def test_class_folders_score_as_their_shards(finished, shards, alone):
@@ -209,6 +253,11 @@ def test_data_that_is_none(constant, shards, alone, tmp_path):
     assert error_of(scores_of, asked, shards.parent / "val", alone, split="val") == (
         f"--split val: {shards.parent}/val has no index.json, so it is taken for class folders, which have no splits: "
         "give the directory that holds the folders, and no --split"
+    )
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars" / "val-000000.tar").touch()
+    assert error_of(scores_of, asked, tmp_path / "tars", alone).startswith(
+        f"{tmp_path}/tars has no index.json: its shards are missing or unfinished; write them: "
     )
     assert "no split 'test' in" in error_of(scores_of, asked, shards, alone, split="test")
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from pipeline import chain
 from pipeline.recipe import Augment, Checkpoint, Data, Evaluation, Recipe, Schedule, flatten, parse
 from pipeline.validate import num_steps, validate
 from recipes import chain as chain_recipe
@@ -84,6 +85,22 @@ def test_the_chain_is_made_of_both_recipes():
         assert dataclasses.replace(found, run_dir="") == dataclasses.replace(
             module.make("vittm_small", False), run_dir=""
         )
+
+
+def test_the_chain_evaluates_where_and_how_fine_tuning_reads():
+    """What is given for the evaluation goes over it; of other data the split is its own."""
+    options = ["--finetune.data.val", "minival", "--finetune.data.cache", "/scratch", "--finetune.data.remote", "range"]
+
+    def asked(*more: str) -> chain.Evaluating:
+        made = parse(chain_recipe.make, pretrain_21k.MODELS, "", [*options, *more])
+        return next(stage.options for stage in chain_recipe.stages(made) if stage.kind == "evaluate")
+
+    data = chain_recipe.make("vittm_base", False).finetune.data
+    own = chain.Evaluating(data.path, "minival", remote="range", cache="/scratch", cache_size=data.cache_size)
+    assert asked() == own
+    assert asked("--evaluate.split", "val", "--evaluate.batch", "8") == dataclasses.replace(own, split="val", batch=8)
+    other = asked("--evaluate.data", "s3://there/v2", "--evaluate.cache", "here")
+    assert other == dataclasses.replace(own, data="s3://there/v2", split="", cache="here")
 
 
 def test_every_recipe_and_debug_form_is_valid():

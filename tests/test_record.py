@@ -2,10 +2,12 @@
 
 import json
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline.record import forget_outcome, last_evaluation, last_step, read_outcome, write_outcome
 from pipeline.record.record import Record
+from shards.errors import UserError
 
 VALUES = {"epoch": 0.5, "loss": 1.0, "lr": 0.1, "grad_norm": 2.0}
 
@@ -37,6 +39,15 @@ def test_a_resumed_record_goes_on_from_the_checkpoint(tmp_path):
     assert last_evaluation(tmp_path) == {"step": 6, "split": "val", "memory_top1": 0.6}
 
 
+def test_an_attempt_that_was_torn_is_forgotten(tmp_path):
+    """As by a disk that was full: the next attempts are noted on lines of their own."""
+    attempts = tmp_path / "attempts.jsonl"
+    attempts.write_text('{"started": 1700000000.0, "st')
+    write(tmp_path, 0, 2)
+    write(tmp_path, 2, 3)
+    assert [json.loads(line)["step"] for line in attempts.read_text().splitlines()] == [0, 2]
+
+
 def test_tensorboard_shows_the_same_as_the_metrics(tmp_path):
     write(tmp_path, 0, 5)
     write(tmp_path, 4, 6)
@@ -64,3 +75,7 @@ def test_outcomes(tmp_path):
     forget_outcome(tmp_path / "run")
     forget_outcome(tmp_path / "run")
     assert read_outcome(tmp_path / "run") == {}
+    for text in ("{", "[]"):
+        (tmp_path / "outcome.json").write_text(text)
+        with pytest.raises(UserError, match=r"outcome\.json is not the JSON that a run writes \(.*\): restore it from"):
+            read_outcome(tmp_path)

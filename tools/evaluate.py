@@ -2,11 +2,11 @@
 
     accelerate launch --config_file ds_configs/ddp_gpu8.yaml tools/evaluate.py CHECKPOINT DATA
 
-CHECKPOINT is a finished run's directory (both its raw and its averaged weights), a file of its weights/, a directory
-that tools/export.py wrote, `timm:NAME`, or a safetensors file of a model of timm's with `--model NAME`. DATA is a
-directory of shards or its URL, or a directory of class folders. Classes are matched by their names; names that are
-numbers ("0" to "999", as in ImageNet-V2) are labels. Scores are of all the checkpoint's classes, also where the data
-has only some of them.
+CHECKPOINT is a finished run's directory or a checkpoint of DDP or FSDP2 on the way, checkpoints/step-N (both the raw
+and the averaged weights), a file of a run's weights/, a directory that tools/export.py wrote, `timm:NAME`, or a
+safetensors file of a model of timm's with `--model NAME`. DATA is a directory of shards or its URL, or a directory of
+class folders. Classes are matched by their names; names that are numbers ("0" to "999", as in ImageNet-V2) are labels.
+Scores are of all the checkpoint's classes, also where the data has only some of them.
 
 Exit code of a rank 0: done, 75: stopped by a signal, 2: it cannot be done, and why, 1: a defect.
 """
@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     store = StoreOptions()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="a run, its weights, an exported directory, timm:NAME, or a file")
+    add("checkpoint", metavar="CHECKPOINT", help="a run, its weights or checkpoint, an export, timm:NAME, or a file")
     add("data", metavar="DATA", help="shards, by their directory or URL, or a directory of class folders")
     add(
         "--model",

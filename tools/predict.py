@@ -1,8 +1,8 @@
 """What trained weights make of images: `python tools/predict.py CHECKPOINT IMAGE...`, with --features their features.
 
-CHECKPOINT is a finished run's directory, a file of its weights/, a directory that tools/export.py wrote, `timm:NAME`,
-or a safetensors file of a model of timm's with `--model NAME`. IMAGE is a file, a folder (with the folders in it), or
-`-` for paths on standard input, one a line.
+CHECKPOINT is a finished run's directory, a file of its weights/, a checkpoint of DDP or FSDP2 (checkpoints/step-N), a
+directory that tools/export.py wrote, `timm:NAME`, or a safetensors file of a model of timm's with `--model NAME`. IMAGE
+is a file, a folder (with the folders in it), or `-` for paths on standard input, one a line.
 
 Exit code 0: done; 1: done, but for images that could not be read, which are named; 2: it cannot be done, and why.
 """
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="a run, its weights, an exported directory, timm:NAME, or a file")
+    add("checkpoint", metavar="CHECKPOINT", help="a run, its weights or checkpoint, an export, timm:NAME, or a file")
     add("images", nargs="+", metavar="IMAGE", help="files, folders, - for paths on standard input")
     add(
         "--model",

@@ -1,12 +1,12 @@
 """What is to be done with each stage: skipped, gone on with, done, done again in a new directory, or refused."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from pipeline.chain.records import Book, read_book, read_provenance, sha256_of
+from pipeline.chain.records import PROVENANCE, Book, read_book, read_provenance, sha256_of
 from pipeline.chain.stage import Stage, check_graph
 from pipeline.record import read_outcome
 from shards.errors import UserError
@@ -84,16 +84,19 @@ class _Decider:
         inputs = {**stage.inputs(), **self._handed(stage)}  # read whatever is decided: what is missing is told now
         if asked and begun and not self.pending:
             return self._again(stage, f"--from {self.options.again}")
-        changed = differences(kept.get("inputs", {}), inputs)
-        if begun and not changed:
+        noted = kept.get("inputs", {})
+        changed = differences(noted, inputs)
+        if begun and kept and not changed:
             return self._unchanged(stage, directory) if finished else Step("resume", directory, "goes on")
         if not asked and (earlier := self._earlier(stage, inputs)):
             return self._unchanged(stage, earlier)
         if not begun:
             return Step("run", directory, "begins")
+        if kept and not asked and not changed.keys() & noted.keys():
+            return Step("refuse", directory, _of_older(stage, self.root / directory, changed))
         if (finished and kept) or asked:
-            return self._again(stage, "its inputs changed: " + "; ".join(changed))
-        return Step("refuse", directory, _refusal(stage, self.root / directory, changed, bool(kept)))
+            return self._again(stage, "its inputs changed: " + "; ".join(changed.values()))
+        return Step("refuse", directory, _refusal(stage, self.root / directory, changed.values(), bool(kept)))
 
     def _check_source(self, stage: Stage) -> None:
         """Raises UserError where --only leaves the stage out that this one waits for."""
@@ -158,14 +161,14 @@ def check_output(directory: Path, path: Path) -> str:
     return now
 
 
-def differences(kept: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
-    """Of a stage's inputs, each with both values."""
+def differences(kept: Mapping[str, object], now: Mapping[str, object]) -> dict[str, str]:
+    """Of a stage's inputs, by their names, each with both values."""
     names = [*now, *(name for name in kept if name not in now)]
-    return [
-        f"{name}: {_short(kept.get(name))} there, {_short(now.get(name))} now"
+    return {
+        name: f"{name}: {_short(kept.get(name))} there, {_short(now.get(name))} now"
         for name in names
         if kept.get(name) != now.get(name)
-    ]
+    }
 
 
 def _short(value: object) -> str:
@@ -182,8 +185,21 @@ def _downstream(stages: Sequence[Stage], name: str) -> frozenset[str]:
     return frozenset(found)
 
 
-def _refusal(stage: Stage, directory: Path, changed: Sequence[str], known: bool) -> str:
-    begin = f"or --from {stage.name} to begin it again in a new directory; {directory} stays as it is"
+def _begin_again(stage: Stage, directory: Path) -> str:
+    return f"or --from {stage.name} to begin it again in a new directory; {directory} stays as it is"
+
+
+def _of_older(stage: Stage, directory: Path, changed: Mapping[str, str]) -> str:
+    """A version of this program with one input more does not make weeks of training stale by itself."""
+    listed = "".join(f"\n  - {text}" for text in changed.values())
+    return (
+        f"stage {stage.name}: {directory / PROVENANCE} is of an older version, and does not say what these inputs were:"
+        f'{listed}\nadd them to its "inputs" with the values that they had, {_begin_again(stage, directory)}'
+    )
+
+
+def _refusal(stage: Stage, directory: Path, changed: Iterable[str], known: bool) -> str:
+    begin = _begin_again(stage, directory)
     if not known:
         return (
             f"stage {stage.name}: {directory} was begun outside of this chain, and what went into it is not known (it "

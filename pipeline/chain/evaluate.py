@@ -3,22 +3,23 @@
 import dataclasses
 import hashlib
 import json
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pipeline.backend import World
 from pipeline.chain.records import sha256_of
 from pipeline.chain.stage import OfWeights, Stage, hashes
 from pipeline.data.loading import serve_workers
 from pipeline.predict.checkpoint import Checkpoint
-from pipeline.predict.evaluation import Scores, Settings, evaluate, open_images
+from pipeline.predict.evaluation import Scores, Settings, evaluate, is_class_folders, open_images
 from pipeline.predict.find import load_variants
 from pipeline.record import write_outcome
 from shards.durable import replace_text
 from shards.files_reader import read_folders
-from shards.index import MANIFEST
+from shards.index import Index
 from shards.store import StoreOptions, open_data
 
 EVALUATION = "evaluation.json"
@@ -31,7 +32,13 @@ class Evaluating:
     data: str = ""
     """Shards, by their directory or URL, or a directory of class folders; empty: what the stage before evaluated on."""
     split: str = ""
-    """Of shards; empty: val."""
+    """Of shards; empty: the one that the stage before evaluated on, or, of other data, val."""
+    remote: Literal["", "cache", "range"] = ""
+    """Data at a URL: whole shards on a local disk, or a range a sample; empty: as the stage before reads its own."""
+    cache: str = ""
+    """Directory on a local disk for what is fetched from a URL; empty: that of the stage before."""
+    cache_size: str = ""
+    """Most bytes of shards in the cache; empty: as of the stage before."""
     real: str = ""
     """ReaL's real.json, for its top-1 as well."""
     batch: int = 256
@@ -52,14 +59,16 @@ class Evaluate(OfWeights):
 
     def inputs(self) -> dict[str, object]:
         options = self.options
-        real = {"file of evaluate.real": sha256_of(Path(options.real))} if options.real else {}
-        return {"evaluate.split": options.split, f"data of {self._where()}": self._fingerprint(), **real}
+        real = sha256_of(Path(options.real)) if options.real else None
+        found: dict[str, object] = {"evaluate.split": options.split, "file of evaluate.real": real}
+        if is_class_folders(options.data):
+            return found | {"data of the class folders": _names_and_sizes(options.data)}
+        return found | {f"data of {self._split()}": self._index().fingerprint(self._split())}
 
     def sources(self) -> dict[str, Any]:
-        if self._is_folders():
+        if is_class_folders(self.options.data):
             return {"data": self.options.data}
-        split = self._split()
-        return {"data": self.options.data, "splits": {split: hashes(open_data(self.options.data)[0], split)}}
+        return {"data": self.options.data, "splits": {self._split(): hashes(self._index(), self._split())}}
 
     def work(self, directory: Path, start: Path | None, world: World) -> str:
         assert start is not None
@@ -69,8 +78,9 @@ class Evaluate(OfWeights):
             serve_workers()
         variants = load_variants(start)
         asked = variants[""]
-        split = self.options.split if self._is_folders() else self._split()  # the one whose fingerprint is kept
-        images = open_images(self.options.data, split, asked, StoreOptions())
+        # The split whose fingerprint is kept.
+        split = self.options.split if is_class_folders(self.options.data) else self._split()
+        images = open_images(self.options.data, split, asked, self._store())
         scores = evaluate(variants, images, self._settings(asked), world)
         if scores is None:
             return "requeue"
@@ -95,21 +105,18 @@ class Evaluate(OfWeights):
         reason = f"evaluated on {scores.num_samples} images: {shown}"
         write_outcome(directory, "done", 0, reason, seconds=seconds)
 
-    def _is_folders(self) -> bool:
-        return Path(self.options.data).is_dir() and not (Path(self.options.data) / MANIFEST).is_file()
-
     def _split(self) -> str:
         return self.options.split or "val"
 
-    def _where(self) -> str:
-        return "the class folders" if self._is_folders() else self._split()
+    def _store(self) -> StoreOptions:
+        asked = {name: getattr(self.options, name) for name in ("remote", "cache", "cache_size")}
+        return StoreOptions(**{name: value for name, value in asked.items() if value})
 
-    def _fingerprint(self) -> str:
-        """Of class folders, that of their files' names and sizes."""
-        if not self._is_folders():
-            return open_data(self.options.data)[0].fingerprint(self._split())
-        root = Path(self.options.data)
-        found = [
-            [str(Path(path).relative_to(root)), Path(path).stat().st_size] for path in read_folders(str(root))[0].paths
-        ]
-        return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
+    def _index(self) -> Index:
+        return open_data(self.options.data, self._store())[0]
+
+
+def _names_and_sizes(folders: str) -> str:
+    """A fingerprint of the files in class folders."""
+    found = [[os.path.relpath(path, folders), os.path.getsize(path)] for path in read_folders(folders)[0].paths]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]

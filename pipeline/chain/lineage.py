@@ -22,7 +22,8 @@ def find(path: Path) -> dict[str, Any]:
 def lines(found: Mapping[str, Any], with_shards: bool = False) -> Iterator[str]:
     """A stage, what it left and what it was made of; then the stage that it started from, and so on."""
     while found:
-        yield f"{found.get('stage', 'unfinished')}: {found.get('directory', '')} (code {found['commit']})"
+        unfinished = "" if "outputs" in found else ", unfinished"
+        yield f"{found.get('stage', 'unfinished')}: {found.get('directory', '')} (code {found['commit']}){unfinished}"
         for name, entry in found.get("outputs", {}).items():
             yield f"  left {name}: {entry['size']:,} bytes, sha256 {entry['sha256']}"
         for name, split in found.get("splits", {}).items():

@@ -1,5 +1,6 @@
 """The stages of a chain, done in order on every rank of a launch."""
 
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,11 +39,13 @@ def do_all(stages: Sequence[Stage], root: Path, options: Options, world: World) 
 
 
 def write_page(root: Path) -> None:
-    """The page about the chain. It is no reason to fail that a finished chain has none."""
+    """The page about the chain. That a finished chain has none, for whatever reason, is no failure of it."""
     try:
         print(f"the page about it: {report.write([root], root / PAGE)}", flush=True)
-    except (OSError, UserError) as error:
+    except UserError as error:
         print(f"no page about it was written: {error}", flush=True)
+    except Exception:
+        print(f"no page about it was written:\n{traceback.format_exc()}", flush=True)
 
 
 def settle(stages: Sequence[Stage], root: Path, options: Options) -> Plan:
@@ -94,27 +97,26 @@ class _Chain:
     def _do(self, stage: Stage, step: Step) -> str:
         directory, start = self.root / step.directory, self._start(stage)
         if step.action == "run":
-            self.world.on_main(lambda: self._note(stage, directory, start))
+            self.world.on_main(lambda: self._note_begin(stage, directory, start))
         outcome = stage.work(directory, start, self.world)
         if outcome == "done":
-            self.world.on_main(lambda: self._note(stage, directory, start, finished=True))
+            self.world.on_main(lambda: self._note_end(stage, directory))
         return outcome
 
-    def _note(self, stage: Stage, directory: Path, start: Path | None, finished: bool = False) -> None:
-        """provenance.json: at first what goes in; at the end what came out, and all that it was made of as well."""
-        if finished:
-            found = read_provenance(directory)
-            made_of = {"stage": stage.name, "directory": str(directory), **stage.sources()}
-            outputs = describe_files(directory, stage.outputs(directory))
-            write_provenance(directory, {**found, **made_of, "outputs": outputs})
-            return
+    def _note_begin(self, stage: Stage, directory: Path, start: Path | None) -> None:
+        """provenance.json: what goes in, and what that was made of, as it is before any work."""
         inputs: dict[str, object] = stage.inputs()
-        found = {"inputs": inputs}
+        found = {"inputs": inputs, "stage": stage.name, "directory": str(directory), **stage.sources()}
         if start:
             source = self._source_directory(stage)
             inputs[HANDED.format(stage.start_from)] = check_output(source, start)
             found["start"] = {"file": str(start), "made_by": read_provenance(source)}
         write_provenance(directory, found)
+
+    def _note_end(self, stage: Stage, directory: Path) -> None:
+        """And what came out."""
+        outputs = describe_files(directory, stage.outputs(directory))
+        write_provenance(directory, {**read_provenance(directory), "outputs": outputs})
 
     def _start(self, stage: Stage) -> Path | None:
         if not stage.start_from:

@@ -4,6 +4,6 @@
 `state.json`, `manifest.json` (size and SHA-256 of each file) and `COMMITTED` (the manifest's own hash).
 """
 
-from pipeline.checkpoint.directory import Checkpoints, has_checkpoints, read_state, saved_step
+from pipeline.checkpoint.directory import STATE, Checkpoints, has_checkpoints, is_checkpoint, read_state, saved_step
 
-__all__ = ["Checkpoints", "has_checkpoints", "read_state", "saved_step"]
+__all__ = ["STATE", "Checkpoints", "has_checkpoints", "is_checkpoint", "read_state", "saved_step"]

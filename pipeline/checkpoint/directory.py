@@ -237,6 +237,11 @@ class Checkpoints:
         return everyone  # type: ignore[return-value]
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether it is the directory of one, by its name; nothing is said about what is in it."""
+    return path.is_dir() and path.name.startswith("step-")
+
+
 def read_state(path: Path) -> dict:
     return json.loads((path / STATE).read_text())
 

@@ -36,7 +36,8 @@ _HARMLESS = {
 
 
 def read_weights(path: Path) -> dict[str, dict[str, Tensor]]:
-    """{"model": weights by name, "ema": those that are averaged; {} for none} of a committed checkpoint.
+    """{"model": the whole weights by name, "ema": the same with what is trained averaged; {} for none} of a committed
+    checkpoint.
 
     Raises UserError where it is not whole, or of DeepSpeed.
     """
@@ -49,7 +50,8 @@ def read_weights(path: Path) -> dict[str, dict[str, Tensor]]:
         )
     weights = _read(path / "engine", "model.")
     averages = _read(path / "ema", "") if (path / "ema").exists() else {}
-    return {"model": weights, "ema": {name: tensor.view_as(weights[name]) for name, tensor in averages.items()}}
+    averaged = {name: tensor.view_as(weights[name]) for name, tensor in averages.items()}
+    return {"model": weights, "ema": weights | averaged if averaged else {}}
 
 
 def _check_whole(path: Path) -> None:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.augment.exact import EvalTransform
-from pipeline.export.source import UNKNOWN, Source, newest_state, read_recipe
+from pipeline.export.source import UNKNOWN, Source, newest_state
 from pipeline.recipe import Recipe, flatten
-from pipeline.record import RECIPE
+from pipeline.record import RECIPE, read_recipe, run_of
 
 NAMES = {
     "model": "weights",
@@ -115,7 +115,7 @@ def _lineage(source: Source) -> Iterator[str]:
             return
         start = Path(recipe.model.start)
         yield f"It started from `{start}`, SHA-256 {_sha256(start)}"
-        run_dir = start.absolute().parents[1]
+        run_dir = run_of(start)
         recipe = read_recipe(run_dir) if (run_dir / RECIPE).is_file() else None
         state = newest_state(run_dir)
     yield "The run that made those is told above." if recipe else "The run that made those is not known here."

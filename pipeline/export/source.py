@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pipeline.checkpoint import read_state
+from pipeline.checkpoint import STATE, is_checkpoint, read_state
 from pipeline.checkpoint.weights import read_weights
-from pipeline.models.build import make_model
+from pipeline.models.build import trained_model
 from pipeline.models.load import read_weights as read_file
-from pipeline.recipe import Recipe, unflatten
-from pipeline.record import RECIPE, read_metrics, read_recipe, weights_path
+from pipeline.recipe import Recipe
+from pipeline.record import RECIPE, read_metrics, read_recipe, recipe_of, run_of, weights_path
 from shards.errors import UserError
 
 VARIANTS = ("model", "ema", "best_model", "best_ema")
@@ -54,7 +54,7 @@ def find(path: Path, variant: str = "") -> Source:
         return _of_file(path, variant)
     if (path / RECIPE).is_file():
         return _of_run(path, variant)
-    if path.is_dir() and path.name.startswith("step-"):
+    if is_checkpoint(path):
         return _of_checkpoint(path, variant)
     raise UserError(
         f"{path} is no run directory (it has no {RECIPE}), no checkpoint and no file: give one of these, of a chain "
@@ -64,20 +64,7 @@ def find(path: Path, variant: str = "") -> Source:
 
 def build(source: Source) -> nn.Module:
     """The model in evaluation mode on the CPU. Raises UserError where the weights do not fit the recipe."""
-    try:
-        num_classes = len(source.weights[_classifier(make_model(source.recipe, num_classes=1)) + ".weight"])
-        model = make_model(source.recipe, num_classes)
-        model.load_state_dict(source.weights)
-    except (KeyError, RuntimeError) as error:
-        raise UserError(f"{source.path} does not hold the weights of {source.run_dir}'s recipe: {error}") from error
-    return model.eval()
-
-
-def _classifier(model: nn.Module) -> str:
-    """The name of the module (of several, the first) that timm calls the model's classifier."""
-    found = model.get_classifier()  # type: ignore[operator] # every model of timm has it
-    first = found[0] if isinstance(found, tuple) else found
-    return next(name for name, module in model.named_modules() if module is first)
+    return trained_model(source.recipe, source.weights, str(source.path))
 
 
 def newest_state(run_dir: Path) -> dict[str, Any]:
@@ -87,7 +74,7 @@ def newest_state(run_dir: Path) -> dict[str, Any]:
 
 
 def _of_file(path: Path, variant: str) -> Source:
-    run_dir = path.absolute().parents[1]
+    run_dir = run_of(path)
     if variant and variant != path.stem:
         raise UserError(
             f"{path} are the weights '{path.stem}', and no '{variant}': give the run's directory, or no --weights"
@@ -115,5 +102,5 @@ def _of_checkpoint(path: Path, variant: str) -> Source:
         there = " or ".join(name for name in found if found[name])
         raise UserError(f"{path} has no weights '{variant}': give --weights {there}, or the run's directory")
     state = read_state(path)
-    weights = found["model"] | found[variant]  # what is not trained is not averaged
-    return Source(path, path.absolute().parents[1], unflatten(state["recipe"], Recipe), variant, weights, state)
+    recipe = recipe_of(state["recipe"], path / STATE, "export by the version that wrote it, or a file of weights/")
+    return Source(path, run_of(path), recipe, variant, found[variant], state)

@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.load import Loaded, load_start, load_trunk, read_weights
+from pipeline.models.load import Loaded, load_start, load_trunk, load_weights, num_stored_classes, read_weights
 from pipeline.models.vittm.trunk import TRUNKS
 from pipeline.recipe import Model, Recipe
 from shards.errors import UserError
@@ -31,6 +31,15 @@ def make_model(recipe: Recipe, num_classes: int) -> nn.Module:
         return timm.create_model(section.name, num_classes=num_classes, img_size=recipe.augment.image_size, **given)
     except (TypeError, AssertionError) as error:  # how timm's own models refuse
         raise UserError(f"model.name '{section.name}' does not take the options {given}: {error}") from error
+
+
+def trained_model(recipe: Recipe, weights: Mapping[str, Tensor], source: str) -> nn.Module:
+    """The model of a recipe with all of its weights, which the user knows as `source` and which decide how many classes
+    it has; on the CPU, in evaluation mode. Raises UserError where they are not those of such a model."""
+    model = make_model(recipe, num_classes=1)
+    model.reset_classifier(num_stored_classes(model, weights, source))  # type: ignore[operator] # timm's models have it
+    load_weights(model, weights, source, new_heads=False)
+    return model.eval()
 
 
 def give_start(model: nn.Module, section: Model) -> str:

@@ -35,8 +35,12 @@ def load_start(model: nn.Module, path: str | Path, *, new_heads: bool) -> Loaded
     file has for them; without, they are loaded, and must match like everything else.
     Raises UserError for a file that is missing, is not safetensors, or holds another model; nothing is loaded then.
     """
-    stored = read_weights(path)
-    fitted = _fit(model, stored, str(path), new_heads)
+    return load_weights(model, read_weights(path), str(path), new_heads=new_heads)
+
+
+def load_weights(model: nn.Module, stored: Mapping[str, Tensor], source: str, *, new_heads: bool) -> Loaded:
+    """`load_start` of weights that are read already, which the user knows as `source`."""
+    fitted = _fit(model, stored, source, new_heads)
     loaded = _load(model, fitted.wanted, fitted.given | fitted.resized)
     kept = tuple(name for name in loaded.loaded if name not in fitted.resized)
     dropped, resized = sorted(stored.keys() - fitted.given), sorted(fitted.resized)
@@ -110,15 +114,15 @@ def _resized_tables(model: nn.Module, given: Mapping[str, Tensor]) -> dict[str, 
     return found
 
 
-def num_stored_classes(model: nn.Module, path: str | Path) -> int:
-    """How many classes the classifiers of `model` have in the safetensors file `path`.
+def num_stored_classes(model: nn.Module, stored: Mapping[str, Tensor], source: str) -> int:
+    """How many classes the classifiers of `model` have among weights that the user knows as `source`.
 
-    Raises UserError for a file that is missing, is not safetensors, or has none of them.
+    Raises UserError where none of them is there.
     """
-    names, stored = [f"{prefix}weight" for prefix in _classifier_prefixes(model)], read_weights(path)
+    names = [f"{prefix}weight" for prefix in _classifier_prefixes(model)]
     found = [stored[name].shape[0] for name in names if name in stored]
     if not found:
-        raise UserError(f"{path} is a checkpoint of another model: it has no classifier {' or '.join(names)}.")
+        raise UserError(f"{source} is a checkpoint of another model: it has no classifier {' or '.join(names)}.")
     return found[0]
 
 

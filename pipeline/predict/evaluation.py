@@ -71,13 +71,19 @@ class Scores:
     real: Real | None
 
 
+def is_class_folders(location: str) -> bool:
+    """Whether that is a directory of class folders; whatever else it is has to be shards."""
+    path = Path(location)
+    return path.is_dir() and not (path / MANIFEST).is_file() and not any(path.glob("*.tar"))
+
+
 def open_images(location: str, split: str, asked: Checkpoint, options: StoreOptions) -> Images:
     """A split of shards in a directory or at a URL ("": the one that the checkpoint's run evaluated on, else val), or a
     directory of class folders, which has no splits.
 
     Raises UserError where there are none.
     """
-    if Path(location).is_dir() and not (Path(location) / MANIFEST).is_file():
+    if is_class_folders(location):
         if split:
             raise UserError(
                 f"--split {split}: {location} has no {MANIFEST}, so it is taken for class folders, which have no "

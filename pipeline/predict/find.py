@@ -7,40 +7,39 @@ from pathlib import Path
 import torch
 
 from pipeline.augment.exact import EvalTransform
+from pipeline.checkpoint import is_checkpoint
 from pipeline.models.load import read_weights
 from pipeline.predict.checkpoint import Checkpoint, View
-from pipeline.predict.runs import load_run
+from pipeline.predict.runs import Trained, load_run, load_step
 from pipeline.predict.timm_weights import CONFIG, PREFIX, WEIGHTS, from_directory, from_file, from_hub
-from pipeline.record import CLASSES, RECIPE, read_classes, weights_path
+from pipeline.record import CLASSES, RECIPE, read_classes, run_of, weights_path
 from shards.errors import UserError
 
 
 def load_checkpoint(location: str | Path, model: str = "", classes: Sequence[str] | None = None) -> Checkpoint:
-    """The checkpoint that `location` names: a finished run's directory (its averaged weights, where it has them), a
-    file of its weights/, a directory that tools/export.py wrote, `timm:NAME`, or, with `model` the name of one of
-    timm's, a safetensors file of its weights.
+    """The checkpoint that `location` names: a finished run's directory or a checkpoint (the averaged weights, where it
+    has them), a file of a run's weights/, a directory that tools/export.py wrote, `timm:NAME`, or, with `model` the
+    name of one of timm's, a safetensors file of its weights.
 
     classes: names in order of the labels, in place of those that the checkpoint knows. Nothing that could run code is
     opened. Raises UserError where there is no such checkpoint, and for names that are not as many as its classes.
     """
-    found = _find(str(location), model)
-    if classes is not None:
-        found = dataclasses.replace(found, classes=tuple(classes), named="--classes")
-    if found.classes is not None and len(found.classes) != found.num_classes:
-        raise UserError(
-            f"{found.name} has {found.num_classes} classes, but {found.named} names {len(found.classes)}: give the "
-            "list that it was trained with as --classes"
-        )
-    return found
+    return _named(_find(str(location), model), classes)
 
 
 def load_variants(location: str | Path, model: str = "", classes: Sequence[str] | None = None) -> dict[str, Checkpoint]:
-    """Prefix of the figures -> checkpoint: of a run's directory that keeps averages the raw weights ("") and the
-    averaged ones ("ema_"), of all else the one that there is, without a prefix. Raises as `load_checkpoint`."""
-    raw, averaged = (weights_path(Path(location), name) for name in ("model", "ema"))
-    if raw.is_file() and averaged.is_file() and not model:
-        return {"": load_checkpoint(raw, "", classes), "ema_": load_checkpoint(averaged, "", classes)}
-    return {"": load_checkpoint(location, model, classes)}
+    """Prefix of the figures -> checkpoint: of a run's directory, or a checkpoint, that keeps averages the raw weights
+    ("") and the averaged ones ("ema_"), of all else the one that there is, without a prefix. Raises as
+    `load_checkpoint`."""
+    path = Path(location)
+    raw, averaged = (weights_path(path, name) for name in ("model", "ema"))
+    if is_checkpoint(path) and not model:
+        found = _of_step(path)
+    elif raw.is_file() and averaged.is_file() and not model:
+        found = {"": _of_run(raw), "ema_": _of_run(averaged)}
+    else:
+        found = {"": _find(str(location), model)}
+    return {prefix: _named(each, classes) for prefix, each in found.items()}
 
 
 def check_device(device: str) -> None:
@@ -50,6 +49,17 @@ def check_device(device: str) -> None:
             "--device cuda: torch sees no CUDA device here (torch.cuda.is_available() is False): run on a GPU machine "
             "with its driver, or give --device cpu"
         )
+
+
+def _named(found: Checkpoint, classes: Sequence[str] | None) -> Checkpoint:
+    if classes is not None:
+        found = dataclasses.replace(found, classes=tuple(classes), named="--classes")
+    if found.classes is not None and len(found.classes) != found.num_classes:
+        raise UserError(
+            f"{found.name} has {found.num_classes} classes, but {found.named} names {len(found.classes)}: give the "
+            "list that it was trained with as --classes"
+        )
+    return found
 
 
 def _find(location: str, model: str) -> Checkpoint:
@@ -64,16 +74,13 @@ def _find(location: str, model: str) -> Checkpoint:
         return _of_file(path)
     if (path / CONFIG).is_file():
         return from_directory(path)
-    if path.is_dir() and path.name.startswith("step-"):
-        raise UserError(
-            f"{path} is a checkpoint to continue a run from: write its weights by tools/export.py {path} OUT, and give "
-            "OUT"
-        )
+    if is_checkpoint(path):
+        return [*_of_step(path).values()][-1]
     return _of_run(path)
 
 
 def _of_file(path: Path) -> Checkpoint:
-    if (path.absolute().parents[1] / RECIPE).is_file():
+    if (run_of(path) / RECIPE).is_file():
         return _of_run(path)
     if path.name == WEIGHTS and (path.parent / CONFIG).is_file():
         return from_directory(path.parent)
@@ -86,5 +93,16 @@ def _of_file(path: Path) -> Checkpoint:
 
 def _of_run(path: Path) -> Checkpoint:
     run = load_run(path)
+    return _of_trained(run, str(run.weights))
+
+
+def _of_step(path: Path) -> dict[str, Checkpoint]:
+    return {
+        prefix: _of_trained(trained, f"{path} ({'averaged' if prefix else 'raw'} weights)")
+        for prefix, trained in load_step(path).items()
+    }
+
+
+def _of_trained(run: Trained, name: str) -> Checkpoint:
     classes, view = read_classes(run.weights.absolute().parents[1]), View(EvalTransform.of(run.recipe))
-    return Checkpoint(str(run.weights), run.model, view, classes, f"the run's {CLASSES}", run.recipe)
+    return Checkpoint(name, run.model, view, classes, f"the run's {CLASSES}", run.recipe)

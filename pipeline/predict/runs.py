@@ -5,16 +5,19 @@ from pathlib import Path
 
 from torch import nn
 
-from pipeline.models.build import make_model
-from pipeline.models.load import load_start, num_stored_classes
+from pipeline.checkpoint import STATE, read_state
+from pipeline.checkpoint.weights import read_weights as read_checkpoint
+from pipeline.models.build import trained_model
+from pipeline.models.load import read_weights
 from pipeline.recipe import Recipe
-from pipeline.record import read_recipe, weights_path
+from pipeline.record import read_recipe, recipe_of, run_of, weights_path
 from shards.errors import UserError
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model on the CPU, in eval mode, with the recipe and the file of weights that it was made of."""
+    """A model on the CPU, in eval mode, with the recipe and the file of weights, or the checkpoint, that it was made
+    of."""
 
     recipe: Recipe
     model: nn.Module
@@ -28,11 +31,20 @@ def load_run(path: Path) -> Trained:
     together.
     """
     weights = find_weights(path)
-    recipe = read_recipe(weights.absolute().parents[1])
-    model = make_model(recipe, num_classes=1)
-    model.reset_classifier(num_stored_classes(model, weights))  # type: ignore[operator] # every model of timm has it
-    load_start(model, weights, new_heads=False)
-    return Trained(recipe, model.eval(), weights)
+    recipe = read_recipe(run_of(weights))
+    return Trained(recipe, trained_model(recipe, read_weights(weights), str(weights)), weights)
+
+
+def load_step(path: Path) -> dict[str, Trained]:
+    """Prefix of the figures -> model of a committed checkpoint of DDP or FSDP2: "" of its weights, and "ema_" of their
+    average where one is kept. Nothing that could run code is opened.
+
+    Raises UserError where it is not whole, or of ZeRO.
+    """
+    weights = read_checkpoint(path)
+    recipe = recipe_of(read_state(path)["recipe"], path / STATE, "use the version that wrote it, or a file of weights/")
+    found = {"": weights["model"]} | ({"ema_": weights["ema"]} if weights["ema"] else {})
+    return {prefix: Trained(recipe, trained_model(recipe, each, str(path)), path) for prefix, each in found.items()}
 
 
 def find_weights(path: Path) -> Path:

@@ -11,7 +11,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
 import pipeline.models  # noqa: F401 - adds ours to timm's registry
-from pipeline.models.load import load_start, num_stored_classes
+from pipeline.models.load import load_weights, num_stored_classes, read_weights
 from pipeline.predict.checkpoint import Checkpoint, view_of_timm
 from shards.errors import UserError
 
@@ -76,12 +76,12 @@ def _check_known(name: str, option: str) -> None:
 
 
 def _filled(make: Callable[..., nn.Module], path: Path) -> nn.Module:
-    model = make()
+    model, weights = make(), read_weights(path)
     if model.num_classes:
-        stored = num_stored_classes(model, path)
+        stored = num_stored_classes(model, weights, str(path))
         if stored != model.num_classes:
             model = make(num_classes=stored)
-    load_start(model, path, new_heads=False)
+    load_weights(model, weights, str(path), new_heads=False)
     return model
 
 

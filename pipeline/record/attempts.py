@@ -16,7 +16,9 @@ from pathlib import Path
 
 import torch
 
+from pipeline.record.json_files import read_lines
 from pipeline.record.run_dir import code_version
+from shards.durable import replace_text
 
 ATTEMPTS = "attempts.jsonl"
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "deepspeed", "numpy", "pillow", "safetensors")
@@ -36,12 +38,9 @@ def begin_attempt(run_dir: Path, step: int, setting: Setting) -> float:
     """Notes that the run goes on from `step` now, on the disk; when it was first started."""
     path = run_dir / ATTEMPTS
     told = {"commit": code_version(), "versions": versions(), "host": socket.gethostname(), **asdict(setting)}
-    with path.open("a") as file:
-        file.write(json.dumps({"started": time.time(), "step": step, **told}) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    with path.open() as file:
-        return json.loads(file.readline())["started"]
+    lines = [*read_lines(path), {"started": time.time(), "step": step, **told}]
+    replace_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    return lines[0]["started"]
 
 
 def versions() -> dict[str, str]:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.record.json_files import read_json
 from shards.durable import replace_text
 from shards.errors import UserError
 
@@ -21,10 +22,7 @@ def read_classes(run_dir: Path) -> tuple[str, ...] | None:
     path = run_dir / CLASSES
     if not path.is_file():
         return None
-    try:
-        classes = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not the JSON that a run writes ({error}): restore it from a copy") from error
-    if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+    classes = read_json(path, list)
+    if not all(isinstance(name, str) for name in classes):
         raise UserError(f"{path} is no list of names, as a run writes it: restore it from a copy, or remove it")
     return tuple(classes)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from pipeline.record.json_files import read_lines
 from shards.durable import replace_text
 
 METRICS = "metrics.jsonl"
@@ -33,13 +34,4 @@ def last_step(run_dir: Path) -> int:
 
 def read_metrics(run_dir: Path) -> list[dict]:
     """The whole lines of a run's metrics."""
-    path = run_dir / METRICS
-    texts = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [line for text in texts if (line := _parse_line(text)) is not None]
-
-
-def _parse_line(text: str) -> dict | None:
-    try:
-        return json.loads(text) if text.endswith("\n") else None
-    except json.JSONDecodeError:
-        return None
+    return read_lines(run_dir / METRICS)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from pipeline.record.json_files import read_json
 from pipeline.record.run_dir import unwritable
 from shards.durable import replace_text
 
@@ -27,6 +28,6 @@ def forget_outcome(run_dir: Path) -> None:
 
 
 def read_outcome(run_dir: Path) -> dict:
-    """The last outcome; {} where there is none."""
+    """The last outcome; {} where there is none. Raises UserError where it is damaged."""
     path = run_dir / OUTCOME
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_json(path, dict) if path.exists() else {}

@@ -1,9 +1,11 @@
 """recipe.json: what a run was, so that it is continued as that, and its model built again."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.recipe import Recipe, flatten, unflatten
+from pipeline.record.json_files import read_json
 from shards.durable import replace_text
 from shards.errors import UserError
 
@@ -29,10 +31,14 @@ def read_recipe(run_dir: Path) -> Recipe:
     path = run_dir / RECIPE
     if not path.is_file():
         raise UserError(f"{path}: no such file; it says how the model of a run is built: give a run that kept it")
-    try:
-        leaves = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not the JSON that a run writes ({error}): restore it from a copy") from error
+    return recipe_of(read_json(path, dict), path)
+
+
+def recipe_of(
+    leaves: Mapping[str, object], path: Path, mend: str = "add them with the values that the run had"
+) -> Recipe:
+    """The recipe whose `flatten` `path` holds. Raises UserError where it has other fields than recipes have now; mend:
+    what to do where it lacks some."""
     fields = flatten(Recipe())
     lacking = {name: value for name, value in fields.items() if name not in leaves}
     if unknown := [name for name in leaves if name not in fields]:
@@ -41,8 +47,8 @@ def read_recipe(run_dir: Path) -> Recipe:
         )
     if lacking:
         raise UserError(
-            f"{path} is of an older version, and lacks fields that recipes have now: add them with the values that the "
-            f"run had; the defaults are {json.dumps(lacking)[1:-1]}"
+            f"{path} is of an older version, and lacks fields that recipes have now: {mend}; the defaults are "
+            f"{json.dumps(lacking)[1:-1]}"
         )
     return unflatten(leaves, Recipe)
 

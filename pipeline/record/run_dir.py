@@ -25,6 +25,11 @@ def weights_path(run_dir: Path, name: str) -> Path:
     return run_dir / "weights" / f"{name}.safetensors"
 
 
+def run_of(path: Path) -> Path:
+    """The directory of the run that a file of its weights/, or one of its checkpoints/, belongs to."""
+    return path.absolute().parent.parent
+
+
 def code_version() -> str:
     """The commit of this code, as git describes it; "unknown" where it is not in a repository."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
