@@ -176,16 +176,7 @@ def check_layout(layout: Layout, strategy: str) -> None:
 def make_input(recipe: Recipe, index: Index, store: Store, world: World) -> Input:
     data, augment = recipe.data, recipe.augment
     transform_class = TrainTransform if augment.decode == "exact" else FastTrainTransform
-    transform = transform_class(
-        augment.image_size,
-        augment.crop_scale,
-        augment.crop_ratio,
-        augment.hflip,
-        augment.randaugment_ops,
-        augment.randaugment_magnitude,
-        augment.interpolation,
-    )
-    train = Samples(Reader(index, data.train, store), transform, recipe.seed, substitutes=True)
+    train = Samples(Reader(index, data.train, store), transform_class.of(augment), recipe.seed, substitutes=True)
     seen_once = EvalTransform.of(recipe)
     validation = Samples(Reader(index, data.val, store), seen_once, recipe.seed, substitutes=False)
     shuffle = make_shuffle(recipe, index)

@@ -4,6 +4,8 @@ from pipeline.recipe import Augment, Optimizer, Recipe, flatten
 from shards.budget import Budget
 from shards.errors import UserError
 
+MAGNITUDES = {"torchvision": 30, "timm-increasing": 10}
+"""The largest of each of RandAugment's policies."""
 UNITS = ("epochs", "steps", "images", "%")
 
 
@@ -101,7 +103,8 @@ def _range_errors(recipe: Recipe) -> list[str]:
         *((name, 1, float("inf")) for name in positive),
         *((name, 0, 1) for name in shares),
         *((name, 0, float("inf")) for name in (*rates, *counts)),
-        ("augment.randaugment_magnitude", 0, 30),
+        ("augment.randaugment_magnitude", 0, MAGNITUDES[recipe.augment.randaugment]),
+        ("augment.randaugment_std", 0, 100),
     ]
     found = [
         f"{name} {leaves[name]}: must " + (f"be {low} or more" if high == float("inf") else f"lie in {low} .. {high}")
@@ -128,6 +131,11 @@ def _augment_errors(section: Augment) -> list[str]:
     low, high = section.erasing_scale
     if not 0 < low <= high <= 1:
         found.append(f"augment.erasing_scale {section.erasing_scale}: must be 0 < low <= high <= 1")
+    if section.randaugment_std and section.randaugment == "torchvision":
+        found.append(
+            f"augment.randaugment_std {section.randaugment_std}: torchvision's RandAugment has magnitudes without a "
+            "spread: set it to 0, or augment.randaugment to timm-increasing"
+        )
     return found + [
         f"augment.{kind}_alpha {alpha}: must be above 0 while {kind} is on"
         for kind, alpha in (("mixup", section.mixup_alpha), ("cutmix", section.cutmix_alpha))

@@ -15,6 +15,7 @@ from torchvision.transforms import v2
 from pipeline.augment import choices, device, mixing
 from pipeline.augment.exact import EvalTransform, TrainTransform
 from pipeline.augment.mixing import Mix, Mixing
+from pipeline.augment.policies import TorchvisionPolicy, randaugment_operations
 from shards.crop import Box, decode
 from shards.errors import UserError
 
@@ -105,11 +106,11 @@ def test_crop_and_flip_give_torchvisions_pixels(photo, flip_draw, interpolation)
 
 @pytest.mark.parametrize("magnitude", [0, 15, 20, 30])
 def test_each_randaugment_operation_is_torchvisions(photo, feed, magnitude):
-    transform = TrainTransform(40, crop_scale=(1.0, 1.0), hflip=0.0, randaugment_ops=1, randaugment_magnitude=magnitude)
+    transform = TrainTransform(40, crop_scale=(1.0, 1.0), hflip=0.0, randaugment=TorchvisionPolicy(1, magnitude))
     draws = np.full(transform.num_draws, 0.5)
     box = choices.crop_box(draws[: choices.CROP_DRAWS], 70, 90, transform.crop_scale, transform.crop_ratio)
     cropped = F.resized_crop(photo, *box, [40, 40])
-    operations = choices.randaugment_operations(40, magnitude)
+    operations = randaugment_operations(40, magnitude)
     assert len(operations) == 14
     for index, sign_draw in itertools.product(range(14), (0.2, 0.7)):
         draws[-2:] = (index + 0.5) / 14, sign_draw
@@ -121,9 +122,9 @@ def test_each_randaugment_operation_is_torchvisions(photo, feed, magnitude):
 
 
 def test_randaugment_operations_follow_each_other(photo):
-    names = [operation.name for operation in choices.randaugment_operations(32, 30)]
+    names = [operation.name for operation in randaugment_operations(32, 30)]
     posterize, solarize = names.index("Posterize"), names.index("Solarize")
-    transform = TrainTransform(32, hflip=0.0, randaugment_ops=2, randaugment_magnitude=30)
+    transform = TrainTransform(32, hflip=0.0, randaugment=TorchvisionPolicy(2, 30))
     draws = np.full(transform.num_draws, 0.5)
     draws[-4:] = (posterize + 0.5) / 14, 0.0, (solarize + 0.5) / 14, 0.0
     plain = TrainTransform(32, hflip=0.0)(png(photo), draws[: choices.CROP_DRAWS + 1])
@@ -131,7 +132,7 @@ def test_randaugment_operations_follow_each_other(photo):
 
 
 def test_transform_depends_on_its_draws_alone(photo):
-    transform = TrainTransform(32, randaugment_ops=2, randaugment_magnitude=15)
+    transform = TrainTransform(32, randaugment=TorchvisionPolicy(2, 15))
     draws = np.random.default_rng(3).random((2, transform.num_draws))
     first = transform(png(photo), draws[0])
     torch.manual_seed(1)

@@ -9,6 +9,7 @@ from PIL import Image
 
 from pipeline.augment.exact import TrainTransform
 from pipeline.augment.fast import FastTrainTransform, resize
+from pipeline.augment.policies import TorchvisionPolicy
 from shards.jpeg import insert_restart_markers
 
 
@@ -59,9 +60,7 @@ def test_crops_are_within_a_level(form, side):
 
 def test_randaugment_gets_the_same_operations():
     """Which amplify a level here and there: a posterised value may be off by a step, whole images are not."""
-    exact, fast = (
-        path(64, randaugment_ops=2, randaugment_magnitude=15) for path in (TrainTransform, FastTrainTransform)
-    )
+    exact, fast = (path(64, randaugment=TorchvisionPolicy(2, 15)) for path in (TrainTransform, FastTrainTransform))
     for draws in np.random.default_rng(2).random((40, exact.num_draws)):
         difference = np.abs(fast(JPEG, draws).astype(int) - exact(JPEG, draws))
         assert difference.mean() < 2

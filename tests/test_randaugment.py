@@ -7,7 +7,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.autoaugment import _apply_op
 
 from pipeline.augment import randaugment
-from pipeline.augment.choices import RANDAUGMENT_BINS, randaugment_operations
+from pipeline.augment.policies import RANDAUGMENT_BINS, randaugment_operations
 
 RECIPE_BINS = (15, 20)
 SIGNED = [operation.name for operation in randaugment_operations(32, 15) if operation.signed]

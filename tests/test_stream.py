@@ -99,6 +99,26 @@ def test_erasing_and_mixing_depend_on_the_global_batch_alone(stream_of, erasing)
     assert len({tuple(targets.flatten().tolist()) for _, targets in whole}) == STEPS
 
 
+@pytest.mark.parametrize("decode", ["exact", "fast"])
+def test_the_augmentation_of_t2t_vit_and_deit(recipe, decode):
+    """Bicubic crops, timm's RandAugment, erasing with noise: by workers of two ranks as by one process."""
+    augment = Augment(16, decode, interpolation="bicubic", erasing=0.5, erasing_fill="noise", mixup=True, cutmix=True)
+    augment = dataclasses.replace(
+        augment, randaugment="timm-increasing", randaugment_ops=2, randaugment_magnitude=9, randaugment_std=0.5
+    )
+    found = []
+    for size, workers in ((1, 0), (2, 1)):
+        data = dataclasses.replace(recipe.data, workers=workers)
+        given = dataclasses.replace(recipe, data=data, augment=augment, label_smoothing=0.1)
+        inputs = [make_input(given, *open_data(data.path), rank_of(rank, size)) for rank in range(size)]
+        parts = [[each.augment(batch) for (batch,) in read(each.stream, 0, 3)] for each in inputs]
+        found.append([torch.cat([part[step][0] for part in parts]) for step in range(3)])
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one, two)
+    plain = make_input(recipe, *open_data(recipe.data.path), rank_of(0, 1))
+    assert not torch.equal(found[0][0], plain.augment(read(plain.stream, 0, 1)[0][0])[0])
+
+
 def test_workers_leave_signals_to_the_trainer(stream_of):
     with stream_of(workers=1).open(0, STEPS) as batches:
         next(batches)

@@ -1,7 +1,8 @@
 """How far the fast path (`--augment.decode fast`) is from the exact one, in levels of 255 and in top-1.
 
 Levels: both paths transform the same JPEGs with the same draws: two photographs that scikit-learn ships, cut into
-pieces of 500x375 pixels, and of 224x224. Without RandAugment, and with RandAugment(2, 15).
+pieces of 500x375 pixels, and of 224x224. Without RandAugment, and with RandAugment(2, 15); crops by bicubic, and
+with timm's rand-m9-mstd0.5-inc1.
 
 Top-1: the demo's model is trained from scratch on the demo's digits by either path, from the same seeds, in turns; both
 are evaluated on the exact path. Then each model that was trained on the exact path labels random crops of the
@@ -31,6 +32,7 @@ from tqdm import tqdm
 from pipeline.augment.device import normalise
 from pipeline.augment.exact import TrainTransform
 from pipeline.augment.fast import FastTrainTransform
+from pipeline.augment.policies import TimmIncreasing, TorchvisionPolicy
 from pipeline.data.samples import Transform
 from pipeline.predict import load_run
 from pipeline.record import last_evaluation
@@ -43,6 +45,12 @@ from tools.benchmarks import ROOT, append, header
 PATHS: dict[str, type[TrainTransform] | type[FastTrainTransform]] = {
     "exact": TrainTransform,
     "fast": FastTrainTransform,
+}
+SETTINGS_OF: dict[str, dict[str, Any]] = {
+    "crop": {},
+    "randaugment": {"randaugment": TorchvisionPolicy(2, 15)},
+    "bicubic crop": {"interpolation": "bicubic"},
+    "timm-increasing": {"interpolation": "bicubic", "randaugment": TimmIncreasing(2, 9, 0.5, "bicubic")},
 }
 SIZES = ((500, 375), (224, 224))
 RECIPE_FILE = "recipes/finetune_1k.py"  # its debug form, with the settings that recipes/demo.py fine-tunes with
@@ -76,12 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def levels(size: tuple[int, int], num_draws: int) -> dict[str, dict[str, float]]:
-    """Of crop and flip alone, and with RandAugment: the mean and largest difference, and the share of values off by
-    more than one level."""
+    """Of crop and flip alone, and with RandAugment, torchvision's, and timm's on bicubic crops: the mean and largest
+    difference, and the share of values off by more than one level."""
     images = list(photographs(size))
     found = {}
-    for name, operations in (("crop", 0), ("randaugment", 2)):
-        exact, fast = (path(224, randaugment_ops=operations, randaugment_magnitude=15) for path in PATHS.values())
+    for name, settings in SETTINGS_OF.items():
+        exact, fast = (path(224, **settings) for path in PATHS.values())
         draws = uniforms(0, 0, np.arange(num_draws), 0, exact.num_draws)
         bins = np.zeros(256, np.int64)
         for number, row in enumerate(tqdm(draws, desc=f"{size[0]}x{size[1]}, {name}", leave=False)):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pipeline.augment.exact import TrainTransform
 from pipeline.augment.fast import FastTrainTransform
+from pipeline.augment.policies import TorchvisionPolicy
 from pipeline.backend.world import World
 from pipeline.data.loading import Loading, serve_workers
 from pipeline.data.samples import Samples, Transform
@@ -31,7 +32,7 @@ def fast(folder: Path, randaugment: bool) -> Iterator[Tensor]:
 
 
 def _operations(randaugment: bool) -> dict[str, Any]:
-    return {"randaugment_ops": 2, "randaugment_magnitude": 15} if randaugment else {}
+    return {"randaugment": TorchvisionPolicy(2, 15)} if randaugment else {}
 
 
 def _stream(folder: Path, transform: Transform) -> Iterator[Tensor]:

@@ -10,7 +10,6 @@ import numpy as np
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
-from torchvision.transforms.autoaugment import _apply_op
 
 from pipeline.augment.choices import Choices
 from pipeline.recipe import Recipe
@@ -19,7 +18,7 @@ from shards.crop import decode
 
 @dataclass(frozen=True)
 class TrainTransform(Choices):
-    """RandomResizedCrop (antialiased), flip, RandAugment, in this order, as torchvision does them."""
+    """RandomResizedCrop (antialiased) and flip, as torchvision does them, then RandAugment."""
 
     def __call__(self, data: bytes, draws: np.ndarray) -> np.ndarray:
         """Encoded image and draws float64 [num_draws] in [0, 1) -> uint8 [S, S, 3]. ValueError as `decode`."""
@@ -28,9 +27,7 @@ class TrainTransform(Choices):
         image = F.resized_crop(image, *box, [self.image_size, self.image_size], InterpolationMode(self.interpolation))
         if self.flips(draws):
             image = F.hflip(image)
-        for name, magnitude in self.operations(draws):
-            image = _apply_op(image, name, magnitude, InterpolationMode.NEAREST, fill=None)
-        return np.asarray(image)
+        return np.asarray(self.randaugment.on_image(image, self.of_randaugment(draws)))
 
 
 @dataclass(frozen=True)

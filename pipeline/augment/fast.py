@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.augment import randaugment
 from pipeline.augment.choices import Choices, Interpolation
 from shards.crop import decode_box
 
@@ -33,9 +32,7 @@ class FastTrainTransform(Choices):
         pixels = resize(pixels, self.image_size, self.interpolation)
         if self.flips(draws):
             pixels = np.asarray(cv2.flip(pixels, 1), np.uint8)
-        for name, magnitude in self.operations(draws):
-            pixels = randaugment.apply(pixels, name, magnitude)
-        return pixels
+        return self.randaugment.on_pixels(pixels, self.of_randaugment(draws))
 
 
 def resize(pixels: NDArray[np.uint8], side: int, interpolation: Interpolation = "bilinear") -> NDArray[np.uint8]:

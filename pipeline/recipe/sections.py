@@ -56,10 +56,14 @@ class Augment:
     """Antialiased filter that resizes the crop."""
     hflip: float = 0.5
     """Probability of a horizontal flip."""
+    randaugment: Literal["torchvision", "timm-increasing"] = "torchvision"
+    """RandAugment as torchvision has it, or timm's rand-...-inc1, which skips each operation as often as not."""
     randaugment_ops: int = 0
     """RandAugment operations a sample; 0 switches RandAugment off."""
     randaugment_magnitude: int = 9
-    """RandAugment magnitude, 0 to 30."""
+    """RandAugment magnitude, 0 to 30; timm's 0 to 10."""
+    randaugment_std: float = 0.0
+    """Standard deviation of timm's magnitude, which a normal distribution gives for each operation."""
     erasing: float = 0.0
     """Probability that a random box of a sample is erased."""
     erasing_fill: Literal["mean", "noise"] = "mean"
