@@ -217,7 +217,7 @@ def make_schedule(recipe: Recipe, batches_per_epoch: int) -> tuple[WarmupCosine,
 def make_learner(recipe: Recipe, world: World, model: nn.Module, schedule: WarmupCosine, num_evaluated: int) -> Learner:
     section = recipe.optimizer
     names = head_names(model)
-    groups = optim.group(model, section.layer_decay)
+    groups = optim.group(model, section.layer_decay, section.decay)
     make_optimizer = functools.partial(optim.make_optimizer, section=section, groups=groups)
     backend = wrap(world, model, make_optimizer, StepOptions.of(recipe))
     ema = EMA(backend, recipe.ema_decay) if recipe.ema_decay else None

@@ -32,7 +32,8 @@ from shards.errors import UserError
 STEPS = 20
 STOPPED_STEPS, STOPPED_AFTER = 10, 5
 STRATEGIES = ("ddp", "fsdp", "zero2")
-DROP_PATH, BF16 = ["--model.drop-path-rate", "0.2"], ["--runtime.precision", "bf16"]
+DROP_PATH = ["--model.drop-path-rate", "0.2", "--optimizer.decay", "matrices"]
+BF16 = ["--runtime.precision", "bf16"]
 TOLERANCE, BF16_TOLERANCE = 1e-5, 2e-3
 ROLLED_BACK = ("spiked", "rolled-back")
 WEIGHTS = [Path("weights") / f"{name}.safetensors" for name in ("model", "ema", "best_model", "best_ema")]
@@ -40,8 +41,8 @@ WEIGHTS = [Path("weights") / f"{name}.safetensors" for name in ("model", "ema", 
 
 def fit_each(strategies: tuple[str, ...], data: Path, root: Path, alone: Path) -> None:
     """Per strategy, in this one launch: the parity run, begun with the averages of the run `alone` (which the first
-    step replaces), led through injuries; one with drop path that goes through beside one that is stopped and resumed;
-    and one in bf16."""
+    step replaces), led through injuries; one with drop path and two groups of parameters that goes through beside one
+    that is stopped and resumed; and one in bf16."""
     world = start("cpu")
     if world.size == 1:
         fit_without(recipe_of(data, root / "without", STEPS), world, INJURIES)

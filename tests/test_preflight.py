@@ -50,6 +50,7 @@ def test_the_report(start, small, tmp_path):
     run_dir = tmp_path / "run"
     options = ["--debug", *small, "--run-dir", str(run_dir), "--dry-run", "--data.accumulation", "2"]
     options += ["--optimizer.layer-decay", "0.5", "--runtime.peak-tflops", "1"]
+    options += ["--optimizer.decay", "matrices"]
     ended = start(PRETRAIN, options, 2, ACCELERATE_USE_FSDP="true").wait()
     assert ended.codes == [0, 0], "\n".join(ended.outputs)
     assert "recipe:" not in ended.outputs[1], "rank 0 alone reports"
@@ -60,10 +61,15 @@ def test_the_report(start, small, tmp_path):
     assert (fields["seed"], fields["ema_decay"], fields["data.accumulation"]) == ("default", "--debug", "command line")
     model = make_model(recipe, 5)
     total = sum(parameter.numel() for parameter in model.parameters())
-    assert report["parameters"][0] == f"{total:,} trained in 4 groups, 0 fixed; adamw"
+    assert report["parameters"][0] == f"{total:,} trained in 8 groups, 0 fixed; adamw"
     groups = [number(line, r"tensors, ([\d,]+) parameters") for line in report["parameters"][1:]]
     assert sum(groups) == total
     assert {number(line, r"rate x ([\d.]+),") for line in report["parameters"][1:]} == {1, 0.5, 0.25, 0.125}
+    decays = [number(line, r"weight decay ([\d.]+)") for line in report["parameters"][1:]]
+    assert {*decays} == {0, recipe.optimizer.weight_decay}
+    named = model.no_weight_decay()
+    undecayed = sum(each.numel() for name, each in model.named_parameters() if each.ndim == 1 or name in named)
+    assert sum(count for count, decay in zip(groups, decays, strict=True) if not decay) == undecayed
     section = recipe.schedule
     for line, step in zip(report["learning rate"][1:], range(8), strict=True):
         cosine = section.min_lr + (section.lr - section.min_lr) / 2 * (1 + math.cos(math.pi * (step - 1) / 7))

@@ -14,7 +14,8 @@ __all__ = ["Groups", "WarmupCosine", "adamw", "group", "make_optimizer", "table"
 def make_optimizer(model: nn.Module, section: Section, groups: Groups) -> Optimizer:
     """The section's optimizer for the model, whose parameters a backend may have sharded since `groups` were made.
 
-    Weight decay is on every parameter: norms, biases and position tables included, as the authors of ViTTM do.
+    Weight decay is on every parameter (norms, biases and position tables included, as the authors of ViTTM do) but for
+    those that `groups` leaves undecayed.
     """
     entry = table.find(section.name)
     optimizer = entry.make(groups.bind(model, entry.split_hidden), section)

@@ -1,11 +1,12 @@
-"""Which parameters an optimizer moves, and how fast: decided by name, before a backend wraps or shards the model."""
+"""Which parameters an optimizer moves, how fast, and which of them decay: decided by name, before a backend wraps or
+shards the model."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from timm.optim import param_groups_layer_decay
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -13,31 +14,37 @@ from torch.optim import Optimizer
 @dataclass(frozen=True)
 class Groups:
     """scales: the share of the learning rate of every trainable parameter; hidden: names of the weights of linear
-    layers other than classifiers."""
+    layers other than classifiers; undecayed: names of what weight decay leaves alone."""
 
     scales: dict[str, float]
     hidden: frozenset[str]
+    undecayed: frozenset[str] = frozenset()
 
     def bind(self, model: nn.Module, split_hidden: bool = False) -> list[dict[str, Any]]:
-        """Parameter groups of torch for the model, whose parameters may be sharded by now: one a scale, and with
-        `split_hidden` two, of which the one with `use_fallback` has what is not hidden."""
-        found: dict[tuple[float, bool], dict[str, Any]] = {}
+        """Parameter groups of torch for the model, whose parameters may be sharded by now: one for all that share a
+        scale and decay alike, and with `split_hidden` two, of which the one with `use_fallback` has what is not
+        hidden. A group that does not decay says so; the others take the optimizer's weight decay."""
+        found: dict[tuple[float, bool, bool], dict[str, Any]] = {}
         for name, parameter in trainable(model):
-            scale, fallback = self.scales[name], split_hidden and name not in self.hidden
+            scale, undecayed = self.scales[name], name in self.undecayed
+            fallback = split_hidden and name not in self.hidden
             group = {"params": [], "lr_scale": scale} | ({"use_fallback": fallback} if split_hidden else {})
-            found.setdefault((scale, fallback), group)["params"].append(parameter)
+            group |= {"weight_decay": 0.0} if undecayed else {}
+            found.setdefault((scale, fallback, undecayed), group)["params"].append(parameter)
         return list(found.values())
 
 
-def group(model: nn.Module, layer_decay: float) -> Groups:
+def group(model: nn.Module, layer_decay: float, decay: Literal["all", "matrices"] = "all") -> Groups:
     """layer_decay: the learning rate of a layer over that of the next, towards the input; timm's `group_matcher` of
-    the model says what a layer is. Every parameter decays: see `pipeline.optim.table`."""
+    the model says what a layer is. decay: which parameters weight decay is for; "matrices" are what timm's optimizers
+    leave it on."""
     names = {id(parameter): name for name, parameter in trainable(model)}
     scales = dict.fromkeys(names.values(), 1.0)
     if layer_decay != 1.0:
         for part in param_groups_layer_decay(model, layer_decay=layer_decay, weight_decay_exclude_1d=False):
             scales |= {names[id(parameter)]: part["lr_scale"] for parameter in part["params"]}
-    return Groups(scales, frozenset(_hidden(model)))
+    undecayed = _undecayed(model) if decay == "matrices" else frozenset[int]()
+    return Groups(scales, frozenset(_hidden(model)), frozenset(names[key] for key in undecayed))
 
 
 def check_partition(model: nn.Module, optimizer: Optimizer) -> None:
@@ -53,6 +60,13 @@ def check_partition(model: nn.Module, optimizer: Optimizer) -> None:
 
 def trainable(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def _undecayed(model: nn.Module) -> frozenset[int]:
+    """Ids of vectors (norms, biases) and of what the model's `no_weight_decay()` names, by timm's rule."""
+    named: Collection[str] = getattr(model, "no_weight_decay", tuple)()
+    parts = param_groups_weight_decay(model, weight_decay=1.0, no_weight_decay_list=named)
+    return frozenset(id(parameter) for part in parts if not part["weight_decay"] for parameter in part["params"])
 
 
 def _hidden(model: nn.Module) -> Iterator[str]:

@@ -24,15 +24,16 @@ def parameters(run: Run, model: nn.Module) -> Iterator[str]:
     """model: whole, on any device."""
     section = run.recipe.optimizer
     split = optim.table.find(section.name).split_hidden
-    groups = optim.group(model, section.layer_decay).bind(model, split)
+    groups = optim.group(model, section.layer_decay, section.decay).bind(model, split)
     fixed = sum(each.numel() for each in model.parameters() if not each.requires_grad)
     trained = sum(each.numel() for group in groups for each in group["params"])
     yield f"parameters: {trained:,} trained in {len(groups)} groups, {fixed:,} fixed; {section.name}"
     for number, group in enumerate(groups):
+        decay = group.get("weight_decay", section.weight_decay)
         rest = "" if "use_fallback" not in group else ", by AdamW" if group["use_fallback"] else ", hidden weights"
         yield (
             f"group {number}: {len(group['params'])} tensors, {sum(each.numel() for each in group['params']):,} "
-            f"parameters, learning rate x {group['lr_scale']:.4g}, weight decay {section.weight_decay}{rest}"
+            f"parameters, learning rate x {group['lr_scale']:.4g}, weight decay {decay}{rest}"
         )
 
 

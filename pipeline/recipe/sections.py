@@ -105,7 +105,10 @@ class Optimizer:
     eps: float = 1e-8
     """Added to the root of the second moment; Shampoo has its own below."""
     weight_decay: float = 0.03
-    """Decoupled weight decay, on every parameter as the authors of ViTTM have it."""
+    """Decoupled weight decay."""
+    decay: Literal["all", "matrices"] = "all"
+    """What weight decay is on: every parameter, as the authors of ViTTM have it; or all but vectors (norms, biases) and
+    what the model's no_weight_decay() names (class token, position tables), as timm has it."""
     clip_norm: float = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
     layer_decay: float = 1.0

@@ -47,7 +47,8 @@ class SignalledAt(SummedOverHeads):
 def recipe_of(options: list[str], run_dir: Path) -> Recipe:
     more = ["--debug", *options, "--run-dir", str(run_dir), "--schedule.length", f"{STEPS} steps"]
     more += ["--model.drop-path-rate", "0", "--checkpoint.every", "100%", "--evaluation.every", "100%"]
-    more += ["--optimizer.layer-decay", "0.8"]  # several groups, so that ZeRO has several partitions
+    # Several groups, so that ZeRO has several partitions.
+    more += ["--optimizer.layer-decay", "0.8", "--optimizer.decay", "matrices"]
     return parse(finetune_1k.make, finetune_1k.MODELS, "", more)
 
 

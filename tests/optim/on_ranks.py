@@ -21,7 +21,7 @@ from pipeline import optim
 from pipeline.backend import Backend, StepOptions, World, start, wrap
 from pipeline.loss import SummedOverHeads
 from pipeline.optim.shampoo import Shampoo
-from pipeline.optim.table import OPTIMIZERS
+from pipeline.optim.table import COLLECTION, OPTIMIZERS
 from pipeline.recipe import Optimizer
 from pipeline.recipe import Shampoo as ShampooSection
 from pipeline.trainer import leave
@@ -112,11 +112,16 @@ def build(world: World, name: str) -> Backend:
         "vittm_tiny", num_classes=CLASSES, img_size=SIDE, memory_ps=4, process_ps=8, embed_dim=24, depth=1, num_heads=3
     ).to(torch.float64 if name == "shampoo" else torch.float32)
     shampoo = ShampooSection(max_preconditioner_dim=40, precondition_frequency=3, start_preconditioning_step=2)
-    section = Optimizer(name, weight_decay=0.05, layer_decay=0.8, shampoo=shampoo)
-    groups = optim.group(model, section.layer_decay)
+    section = Optimizer(name, weight_decay=0.05, decay="matrices", layer_decay=0.8, shampoo=shampoo)
+    groups = optim.group(model, section.layer_decay, section.decay)
+    bound = groups.bind(model, OPTIMIZERS[name if name in OPTIMIZERS else COLLECTION + "NAME"].split_hidden)
     make = functools.partial(optim.make_optimizer, section=section, groups=groups)
     global_batch = BATCH // 2 * world.size if name == "soap" else BATCH  # see step()
-    return wrap(world, model, make, StepOptions(global_batch, clip_norm=0.5))
+    backend = wrap(world, model, make, StepOptions(global_batch, clip_norm=0.5))
+    decays = [group["weight_decay"] for group in backend.stepping.param_groups]
+    assert decays == [group.get("weight_decay", 0.05) for group in bound]
+    assert {*decays} == {0.05, 0.0}
+    return backend
 
 
 def step(backend: Backend, steps: Iterable[int]) -> list[float]:

@@ -5,10 +5,12 @@ import timm
 import torch
 from torch import nn
 
+import pipeline.models  # noqa: F401 - fills the registry
 from pipeline import optim
 from pipeline.backend import StepOptions, wrap
 from pipeline.optim.groups import check_partition
-from pipeline.recipe import Optimizer
+from pipeline.optim.table import OPTIMIZERS
+from pipeline.recipe import Optimizer, Shampoo
 
 
 def vittm(depth: int = 3) -> nn.Module:
@@ -50,6 +52,55 @@ def test_every_parameter_decays():
     optimizer = optim.adamw(model, (0.9, 0.999), 1e-8, 0.3)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3]
     assert len(optimizer.param_groups[0]["params"]) == len(list(model.parameters()))
+
+
+def decays(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[float, float]]:
+    """Name -> scale of the learning rate, and weight decay."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        names[id(parameter)]: (group.get("lr_scale", 1.0), group["weight_decay"])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+
+
+@pytest.mark.parametrize("layer_decay", [1.0, 0.5])
+@pytest.mark.parametrize("name", ["vittm_tiny", "deit_tiny_distilled_patch16_224"])
+def test_matrices_decay_as_timm_has_it(name, layer_decay):
+    model = timm.create_model(name, depth=2, embed_dim=24, num_heads=3)
+    section = Optimizer(weight_decay=0.3, decay="matrices", layer_decay=layer_decay)
+    found = decays(model, optim.make_optimizer(model, section, optim.group(model, layer_decay, section.decay)))
+    scaled = None if layer_decay == 1 else layer_decay
+    assert found == decays(model, timm.optim.create_optimizer_v2(model, "adamw", 1e-3, 0.3, layer_decay=scaled))
+    undecayed = {each for each, (_, decay) in found.items() if decay == 0}
+    vectors = {each for each, parameter in model.named_parameters() if parameter.ndim == 1}
+    assert undecayed == vectors | ({*found} & model.no_weight_decay())
+    assert {*found} & model.no_weight_decay()
+    assert {decay for _, decay in found.values()} == {0.0, 0.3}
+
+
+def test_a_model_that_names_nothing_leaves_vectors_undecayed():
+    model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    assert optim.group(model, 1.0, "matrices").undecayed == {"0.bias", "1.weight", "1.bias"}
+    assert optim.group(model, 1.0).undecayed == frozenset()
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS])
+def test_by_every_optimizer_what_is_undecayed_stays_where_gradients_are_zero(name):
+    model = vittm(depth=1).double() if name == "shampoo" else vittm(depth=1)
+    shampoo = Shampoo(max_preconditioner_dim=40, precondition_frequency=1, start_preconditioning_step=1)
+    section = Optimizer(name.replace("NAME", "DiffGrad"), weight_decay=0.1, decay="matrices", shampoo=shampoo)
+    groups = optim.group(model, 0.5, section.decay)
+    optimizer = optim.make_optimizer(model, section, groups)
+    before = {each: parameter.detach().clone() for each, parameter in model.named_parameters()}
+    for _ in range(2):
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    moved = {each for each, parameter in model.named_parameters() if not torch.equal(parameter, before[each])}
+    assert moved == {each for each in before if before[each].any()} - groups.undecayed
+    assert 0 < len(groups.undecayed) < len(before)
+    assert any(before[each].any() for each in groups.undecayed)
 
 
 def test_hidden_weights_are_those_of_linear_layers_but_for_the_classifiers():

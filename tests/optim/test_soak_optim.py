@@ -70,7 +70,7 @@ def test_every_class_of_torch_optimizer_resumes(alone, tmp_path, name):
     def build():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2))
-        section, groups = Optimizer(COLLECTION + name, weight_decay=0.01), optim.group(model, 1.0)
+        section, groups = Optimizer(COLLECTION + name, weight_decay=0.01), optim.group(model, 1.0, "matrices")
         return wrap(alone, model, lambda m: optim.make_optimizer(m, section, groups), StepOptions(4))
 
     def train(backend, steps):

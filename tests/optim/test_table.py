@@ -103,7 +103,8 @@ def test_every_class_of_torch_optimizer_trains(name):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2))
     section = Optimizer(COLLECTION + name, betas=(0.8, 0.99), eps=1e-7, weight_decay=0.01)
-    optimizer = optim.make_optimizer(model, section, optim.group(model, 1.0))
+    optimizer = optim.make_optimizer(model, section, optim.group(model, 1.0, "matrices"))
+    assert [group.get("weight_decay", 0.01) for group in optimizer.param_groups] == [0.01, 0.0]
     assert type(optimizer) is collected(section.name)
     images = torch.randn(16, 6)
     losses = []

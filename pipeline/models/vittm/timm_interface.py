@@ -32,7 +32,7 @@ class TimmInterface:
         return [{"module": f"layers.{i}", "num_chs": self.embed_dim, "reduction": reduction} for i in layers]
 
     def no_weight_decay(self) -> set[str]:
-        """What timm's optimizers leave undecayed; the recipes, as the authors, decay everything."""
+        """What timm's optimizers leave undecayed, and ours where optimizer.decay is "matrices"."""
         return {"memory_pos_embed", "process_pos_embed", "process_embedder.process_token"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
