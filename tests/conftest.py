@@ -54,6 +54,19 @@ def alone() -> World:
 
 
 @pytest.fixture
+def do(alone, tmp_path, capsys):
+    """do(stages, **options): what the chain in `tmp_path` says, but for the line about its page."""
+    from pipeline import chain
+
+    def run(stages, again="", only=()):
+        outcome = chain.do_all(stages, tmp_path, chain.Options(again, only), alone)
+        said = capsys.readouterr().out.replace(f"{tmp_path}/", "").splitlines()
+        return [outcome, *(line for line in said if not line.startswith("the page about it"))]
+
+    return run
+
+
+@pytest.fixture
 def small(shards: Path) -> list[str]:
     """Options that make a debug recipe tiny: it trains for 8 steps on `shards`."""
     options = {

@@ -1,82 +1,16 @@
-"""What a chain decides to do with each stage: with stages of this file's own, whose work is to write a line."""
+"""What a chain decides to do with each stage: with stages whose work is to write a line (written.py)."""
 
 import json
-import re
 import shutil
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import replace
 
 import pytest
+from written import Written, three
 
 from pipeline import chain, report
 from pipeline.recipe import Augment, Data, Model, Recipe, Schedule
 from pipeline.record import read_outcome, write_outcome
 from shards.errors import UserError
-from tools import provenance
-
-
-@dataclass(frozen=True)
-class Written:
-    """A stage of somebody's own. It takes two turns of work, and is stopped after the first while `stopped`."""
-
-    kind: ClassVar[str] = "written"
-    dry_run: ClassVar[bool] = False
-    name: str
-    text: str
-    start_from: str = ""
-    weights: str = ""
-    stopped: bool = False
-
-    @property
-    def directory(self):
-        return self.name
-
-    def check(self, world, source):
-        if "#" in self.text:
-            raise UserError(f"text {self.text}: no # can be written")
-
-    def inputs(self):
-        return {"text": self.text} if self.text else {}
-
-    def sources(self):
-        return {"data": "none"}
-
-    def has_state(self, directory):
-        return (directory / "half").exists()
-
-    def work(self, directory, start, world):
-        (directory / "half").write_text(self.text)
-        if self.stopped:
-            return "requeue"
-        (directory / "weights").mkdir(exist_ok=True)
-        path = directory / "weights" / "line"
-        with path.open("a") as file:
-            file.write((start.read_text() if start else "") + self.text + "\n")
-        write_outcome(directory, "done", 1, "written")
-        return "done"
-
-    def outputs(self, directory):
-        return [directory / "weights" / "line"]
-
-    def hands_over(self, directory, variant):
-        return directory / "weights" / "line"
-
-
-@pytest.fixture
-def do(alone, tmp_path, capsys):
-    """do(stages, **options): what the chain in `tmp_path` says, but for the line about its page."""
-
-    def run(stages, again="", only=()):
-        outcome = chain.do_all(stages, tmp_path, chain.Options(again, only), alone)
-        said = capsys.readouterr().out.replace(f"{tmp_path}/", "").splitlines()
-        return [outcome, *(line for line in said if not line.startswith("the page about it"))]
-
-    return run
-
-
-def three(a="a", b="b", c="c"):
-    """b and c both start from a."""
-    return [Written("first", a), Written("second", b, "first"), Written("third", c, "first")]
 
 
 def lines(root, *directories):
@@ -213,14 +147,6 @@ def test_an_input_that_a_newer_version_has_is_asked_for(do, tmp_path):
     assert do(three(), again="first")[1] == "stage first: first-2: begins again, first stays: --from first"
 
 
-def test_what_goes_in_is_noted_before_any_work(do, tmp_path, capsys):
-    assert do([Written("first", "a", stopped=True)])[0] == "requeue"
-    found = json.loads((tmp_path / "first" / "provenance.json").read_text())
-    assert found.keys() == {"inputs", "commit", "stage", "directory", "data"}
-    assert provenance.main([str(tmp_path / "first")]) == 0
-    assert re.fullmatch(rf"first: {tmp_path}/first \(code .+\), unfinished\n", capsys.readouterr().out)
-
-
 def test_a_page_that_cannot_be_made_fails_no_finished_chain(alone, tmp_path, monkeypatch, capsys):
     def broken(*arguments):
         raise RuntimeError("a defect")
@@ -243,17 +169,6 @@ def test_class_folders_are_told_by_their_names_and_sizes_wherever_they_lie(tmp_p
     assert inputs[0].keys() == {"evaluate.split", "file of evaluate.real", "data of the class folders"}
     (tmp_path / "copy" / "cat" / "a.jpg").write_bytes(b"other image")
     assert chain.Evaluate("judge", "first", options=chain.Evaluating(data="copy")).inputs() != inputs[0]
-
-
-def test_provenance_leads_from_the_end_to_the_beginning(do, tmp_path):
-    do(three())
-    found = json.loads((tmp_path / "second" / "provenance.json").read_text())
-    made_by = found["start"].pop("made_by")
-    assert found.keys() == {"inputs", "start", "commit", "stage", "directory", "data", "outputs"}
-    assert found["start"] == {"file": f"{tmp_path}/first/weights/line"}
-    handed = found["inputs"]["weights of first"]
-    assert made_by["outputs"] == {"weights/line": {"size": 2, "sha256": handed}}
-    assert made_by["inputs"] == {"text": "a"}
 
 
 def test_what_cannot_work_is_found_before_anything_begins(do, tmp_path):
@@ -300,12 +215,3 @@ def test_a_model_that_cannot_take_the_weights_is_found_before_they_are_made(do, 
         do([chain.Train("a", recipe), chain.Train("b", wider, "a")])
     assert "stage b cannot start from what stage a leaves: it is a checkpoint of another model: " in str(error.value)
     assert not (tmp_path / "a").exists()
-
-
-def test_a_line_of_provenance_that_no_longer_holds(do, tmp_path, capsys):
-    do(three())
-    (tmp_path / "first" / "weights" / "line").write_text("y\n")
-    assert provenance.main([str(tmp_path / "second"), "--check"]) == 1
-    assert f"differs: {tmp_path}/first/weights/line: sha256 was " in capsys.readouterr().out
-    assert provenance.main([str(tmp_path)]) == 2
-    assert f"{tmp_path} has no provenance.json above it: only stages of a chain keep one" in capsys.readouterr().err

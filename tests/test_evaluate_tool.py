@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from pipeline.checkpoint.whole import file_names, flushed_hash, seal
 from pipeline.predict import Checkpoint, load_checkpoint, predict
 from pipeline.predict.evaluation import Scores, Settings, evaluate, open_images
 from pipeline.predict.find import load_variants
@@ -92,44 +91,6 @@ def test_the_figures_are_those_of_the_trainer(finished, shards, alone):
     single = scores_of(load_variants(finished / "finetune" / "weights" / "ema.safetensors"), shards, alone).values
     assert {f"ema_{name}" for name in single} - {"ema_unreadable"} < set(found.values)
     assert all(value == found.values[f"ema_{name}"] for name, value in single.items() if name != "unreadable")
-
-
-def test_a_checkpoint_on_the_way_scores_as_the_run_did_then(finished, shards, alone):
-    run = finished / "pretrain"
-    for step in (4, 8):
-        variants = load_variants(run / "checkpoints" / f"step-{step:08d}")
-        asked = variants[""]
-        images = open_images(str(shards), "", asked, StoreOptions())
-        found = evaluate(variants, images, Settings.of(asked.recipe, 0), alone)
-        assert found.values == evaluation_of(run, step)  # bit by bit
-    assert evaluation_of(run, 4) != evaluation_of(run, 8)
-    averaged = load_checkpoint(run / "checkpoints" / "step-00000004")
-    assert (averaged.classes, averaged.name) == (
-        tuple(f"c{label}" for label in range(5)),
-        f"{run}/checkpoints/step-00000004 (averaged weights)",
-    )
-    single = scores_of(averaged, shards, alone).values
-    assert single["memory_top1"] == evaluation_of(run, 4)["ema_memory_top1"]
-
-
-def test_checkpoints_that_are_not_evaluated(finished, tmp_path):
-    path = shutil.copytree(finished / "pretrain" / "checkpoints" / "step-00000004", tmp_path / "step-00000004")
-    state = json.loads((path / "state.json").read_text())
-    for changed, told in (
-        (state | {"strategy": "zero2"}, f"{path} was saved by zero2, whose files are pickles, which may run code when"),
-        (
-            state | {"recipe": {name: value for name, value in state["recipe"].items() if name != "seed"}},
-            f"{path}/state.json is of an older version, and lacks fields that recipes have now: use the version that "
-            'wrote it, or a file of weights/; the defaults are "seed": 0',
-        ),
-    ):
-        (path / "state.json").write_text(json.dumps(changed))
-        for name in ("manifest.json", "COMMITTED"):
-            (path / name).unlink()
-        seal(path, {name: flushed_hash(path / name) for name in file_names(path)})
-        assert error_of(load_variants, path).startswith(told)
-    (path / "state.json").write_text(json.dumps(state))
-    assert "is no checkpoint that is whole (state.json: its SHA-256" in error_of(load_variants, path)
 
 
 def test_class_folders_score_as_their_shards(finished, shards, alone):

@@ -145,6 +145,7 @@ def test_hostile_names(finished, shards, tmp_path):
     index = json.loads((data / "index.json").read_text())
     index["classes"] = [f"{HOSTILE}{number}" for number in range(5)]
     (data / "index.json").write_text(json.dumps(index))
+    (run / "classes.json").write_text(json.dumps(index["classes"]))
     recipe = json.loads((run / "recipe.json").read_text()) | {"data.path": str(data), "wandb": HOSTILE}
     (run / "recipe.json").write_text(json.dumps(recipe))
     (run / "outcome.json").write_text(json.dumps({"outcome": "error", "step": 8, "reason": HOSTILE}))
@@ -185,6 +186,25 @@ def test_what_is_left_of_a_run(finished, tmp_path):
     assert f"{tmp_path}/gone" in reason
 
 
+def test_data_of_other_classes_judges_no_run(finished, shards, tmp_path):
+    run, data = shutil.copytree(finished / "pretrain", tmp_path / "run"), shutil.copytree(shards, tmp_path / "data")
+    index = json.loads((data / "index.json").read_text())
+    (data / "index.json").write_text(json.dumps(index | {"classes": index["classes"][::-1]}))
+    recipe = json.loads((run / "recipe.json").read_text()) | {"data.path": str(data)}
+    (run / "recipe.json").write_text(json.dumps(recipe))
+    text = report(tmp_path / "page.html", run).text
+    assert f"Not to be had: the data in {data} has other classes than the run was trained on, which are in its" in text
+    assert "taken for" not in text
+
+
+def test_files_of_a_run_below_a_directory_of_that_name(finished, tmp_path):
+    run = shutil.copytree(finished / "pretrain", tmp_path / "checkpoints" / "run")
+    (run / "gone").symlink_to("nowhere")
+    text = report(tmp_path / "page.html", run).text
+    assert "weights/ema.safetensors (" in text
+    assert "step-00000008" not in text
+
+
 @pytest.mark.parametrize(
     "content",
     [b"", b"\x00\xff{", b"[1]\nnull\n", b"[" * 5000, b'{"step": "x", "stages": [1, {"name": ["a"]}]}\n'],
@@ -204,7 +224,7 @@ def test_values_that_are_anything(finished, tmp_path):
     """Of the right shape, with no number where one is expected, or one that is none."""
     run = shutil.copytree(finished / "pretrain", tmp_path / "run")
     fields = list(read_facts(run).steps[0]) + list(read_facts(run).evaluations[0])
-    odd = [None, "x", [1], {"a": 1}, True, -1, 1e308, math.nan, math.inf, 10**400, 0]
+    odd = [None, "x", [1], {"a": 1}, True, -1, 1e308, 1e-320, math.nan, math.inf, 10**400, 0]
     with (run / "metrics.jsonl").open("a") as file:
         for place, value in enumerate(odd):
             line = dict.fromkeys(fields, value) | {"step": 9 + place}
@@ -262,6 +282,9 @@ def test_what_is_refused(finished, tmp_path, capsys):
     (tmp_path / "taken").mkdir()
     assert main([str(finished / "finetune"), "-o", str(tmp_path / "taken")]) == 2
     assert f"cannot write {tmp_path}/taken" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main([str(finished / "finetune"), "-o", str(tmp_path / "file" / "page.html")]) == 2
+    assert f"cannot write {tmp_path}/file/page.html: File exists" in capsys.readouterr().err
 
 
 def test_a_real_browser_draws_it(path, tmp_path):

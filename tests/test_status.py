@@ -112,7 +112,7 @@ def head(pid: int, when: float, host: str = "") -> str:
 
 def test_a_number_that_another_process_has_now(tmp_path, capsys):
     own = psutil.Process()
-    run = made(tmp_path / "mine", head(own.pid, own.create_time() + 5))
+    run = made(tmp_path / "mine", head(own.pid, own.create_time() + 5), "=== what a recipe itself prints ===\n")
     assert status_of(capsys, run)[1][0]["state"] == "running"
     run = made(tmp_path / "taken", head(own.pid, own.create_time() - 60))
     assert status_of(capsys, run)[1][0]["state"] == "dead"
@@ -153,6 +153,32 @@ def test_a_stage_whose_chain_ended(finished, tmp_path, capsys):
     (tmp_path / "outcome.json").unlink()
     code, entries = status_of(capsys, tmp_path)
     assert [entry["state"] for entry in entries] == ["dead", "done", "dead", "waiting"]
+
+
+def test_a_directory_of_runs_that_no_launch_has_as_its_stages(finished, tmp_path, capsys):
+    """It is not dead because it keeps no logs of its own."""
+    for name in ("a", "b"):
+        shutil.copytree(finished / "pretrain", tmp_path / name)
+    assert status_of(capsys, tmp_path)[1][0]["state"] == "done"
+    (tmp_path / "b" / "outcome.json").write_text('{"outcome": "requeue", "step": 4, "reason": "a signal"}')
+    for file in tmp_path.rglob("*"):
+        os.utime(file, (1e9, 1e9))
+    code, entries = status_of(capsys, tmp_path)
+    assert (code, [entry["state"] for entry in entries]) == (0, ["requeue", "done", "requeue"])
+    assert entries[0]["why"] == "b"
+    made(tmp_path / "c", head(os.getpid(), psutil.Process().create_time() + 5))
+    (tmp_path / "c" / "recipe.json").write_text("{}")
+    assert status_of(capsys, tmp_path)[1][0] == {"chain": str(tmp_path), "stages": 3, "state": "running", "why": "c"}
+
+
+def test_a_stage_from_within_its_directory(finished, tmp_path, capsys, monkeypatch):
+    """Its logs are its chain's."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "finetune" / "outcome.json").unlink()
+    (tmp_path / "outcome.json").write_text('{"outcome": "error", "step": 1, "reason": "the disk is full"}')
+    monkeypatch.chdir(tmp_path / "finetune")
+    (entry,) = status_of(capsys, ".")[1]
+    assert (entry["state"], entry["why"]) == ("error", "the disk is full")
 
 
 def test_what_is_no_run(tmp_path, capsys):

@@ -1,7 +1,8 @@
 """Where weights come from: `python tools/provenance.py PATH` prints the stages of the chain that led to them, the files
 that each left, and the data it was made of, back to the first. PATH is a stage's directory, or a file in it.
 
---shards lists the shards with their hashes, --check compares what is still there with what was noted.
+--shards lists the shards with their hashes, --check compares what is still there with what was noted, and names the
+rest.
 """
 
 import argparse
@@ -24,9 +25,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = lineage.find(options.path)
         print("\n".join(lineage.lines(found, options.shards)))
         differences = list(lineage.check(found)) if options.check else []
+        missing = list(lineage.missing(found)) if options.check else []
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    for name in missing:
+        print(f"not there to be compared: {name}")
     for difference in differences:
         print(f"differs: {difference}")
     if options.check and not differences:

@@ -19,6 +19,7 @@ from typing import Any
 from pipeline.status import (
     best_evaluation,
     chain_state,
+    check_is_run,
     progress_of,
     read_chain,
     read_facts,
@@ -57,15 +58,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def entries(path: Path, now: float) -> Iterator[Entry]:
     """Of a run; of a chain and its stages. Raises UserError for what is neither."""
+    check_is_run(path)
     if chain := read_chain(path):
         state = chain_state(chain, now)
         yield {"chain": str(path), "stages": len(chain.stages), "state": state.name, "why": state.why}
         for stage in chain.stages:
             yield {"name": stage.name, "kind": stage.kind, **_entry(stage.path, now)}
-    elif read_facts(path).begun or read_facts(path).outcome:
-        yield {"name": str(path), "kind": "train", **_entry(path, now)}
     else:
-        raise UserError(f"{path} is no run: give a directory that a recipe wrote as its --run-dir, or a chain's")
+        yield {"name": str(path), "kind": "train", **_entry(path, now)}
 
 
 def _entry(path: Path, now: float) -> Entry:

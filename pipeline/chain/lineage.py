@@ -10,18 +10,21 @@ from shards.index import Index
 
 
 def find(path: Path) -> dict[str, Any]:
-    """The provenance of a stage, by its directory or a file below it. Raises UserError where none was kept."""
-    for directory in (path, *path.absolute().parents):
+    """The provenance of a stage, by its directory, wherever that is now, or a file below it. Raises UserError where
+    there is none."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file or directory; give the directory of a chain's stage, or a file in it")
+    for directory in (path.absolute(), *path.absolute().parents):
         if found := read_provenance(directory):
-            return found
+            return found | {"directory": str(directory)}
     raise UserError(
         f"{path} has no {PROVENANCE} above it: only stages of a chain keep one; give such a directory, or a file in it"
     )
 
 
-def lines(found: Mapping[str, Any], with_shards: bool = False) -> Iterator[str]:
+def lines(last: Mapping[str, Any], with_shards: bool = False) -> Iterator[str]:
     """A stage, what it left and what it was made of; then the stage that it started from, and so on."""
-    while found:
+    for found in _back(last):
         unfinished = "" if "outputs" in found else ", unfinished"
         yield f"{found.get('stage', 'unfinished')}: {found.get('directory', '')} (code {found['commit']}){unfinished}"
         for name, entry in found.get("outputs", {}).items():
@@ -31,34 +34,62 @@ def lines(found: Mapping[str, Any], with_shards: bool = False) -> Iterator[str]:
             yield f"  made of {found['data']}, split {name}: {shards}, fingerprint {split['fingerprint']}"
             if with_shards:
                 yield from (f"    {shard}: sha256 {value}" for shard, value in split["shards"].items())
-        start = found.get("start", {})
-        if start:
+        if start := found.get("start", {}):
             yield f"  started from {start['file']}, sha256 {_handed(found)}"
-        found = start.get("made_by", {})
 
 
-def check(found: Mapping[str, Any]) -> Iterator[str]:
+def check(last: Mapping[str, Any]) -> Iterator[str]:
     """What is not, or no longer, as it was noted: files, hand-overs and data that can still be read are compared."""
-    while found:
-        directory = Path(found.get("directory", ""))
-        for name, entry in found.get("outputs", {}).items():
-            path = directory / name
-            if path.is_file() and (now := sha256_of(path)) != entry["sha256"]:
-                yield f"{path}: sha256 was {entry['sha256']}, is {now}"
-        yield from _check_data(found)
-        earlier = found.get("start", {}).get("made_by", {})
-        hashes = {entry["sha256"] for entry in earlier.get("outputs", {}).values()}
+    for found in _back(last):
+        for path, noted in _outputs(found):
+            if path.is_file() and (now := sha256_of(path)) != noted:
+                yield f"{path}: sha256 was {noted}, is {now}"
+        if _has_data(found):
+            yield from _check_data(found)
+        earlier = _earlier(found)
+        hashes = {noted for _, noted in _outputs(earlier)}
         if hashes and _handed(found) not in hashes:
-            yield f"{directory}: it started from weights that {earlier['stage']} did not leave: sha256 {_handed(found)}"
-        found = earlier
+            where, left = found.get("directory", ""), earlier["stage"]
+            yield f"{where}: it started from weights that {left} did not leave: sha256 {_handed(found)}"
+
+
+def missing(last: Mapping[str, Any]) -> Iterator[str]:
+    """What `check` cannot compare: it is not there any more, or at a URL."""
+    for found in _back(last):
+        yield from (str(path) for path, _ in _outputs(found) if not path.is_file())
+        if "splits" in found and not _has_data(found):
+            yield f"{found['data']}, splits {', '.join(found['splits'])}"
+
+
+def _back(found: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The stage, and those that it comes from."""
+    while found:
+        yield found
+        found = _earlier(found)
+
+
+def _earlier(found: Mapping[str, Any]) -> Mapping[str, Any]:
+    return found.get("start", {}).get("made_by", {})
+
+
+def _outputs(found: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
+    """Files that the stage left, with their hashes."""
+    directory = Path(found.get("directory", ""))
+    yield from ((directory / name, entry["sha256"]) for name, entry in found.get("outputs", {}).items())
+
+
+def _has_data(found: Mapping[str, Any]) -> bool:
+    return "splits" in found and Path(found["data"]).is_dir()
 
 
 def _check_data(found: Mapping[str, Any]) -> Iterator[str]:
-    if not Path(found.get("data", "")).is_dir() or "splits" not in found:
-        return
-    index = Index.read(found["data"])
     for name, split in found["splits"].items():
-        if (now := index.fingerprint(name)) != split["fingerprint"]:
+        try:
+            now = Index.read(found["data"]).fingerprint(name)
+        except UserError as error:
+            yield f"{found['data']}, split {name}: its fingerprint was {split['fingerprint']}, but {error}"
+            continue
+        if now != split["fingerprint"]:
             yield f"{found['data']}, split {name}: its fingerprint was {split['fingerprint']}, is {now}"
 
 

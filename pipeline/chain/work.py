@@ -106,7 +106,7 @@ class _Chain:
     def _note_begin(self, stage: Stage, directory: Path, start: Path | None) -> None:
         """provenance.json: what goes in, and what that was made of, as it is before any work."""
         inputs: dict[str, object] = stage.inputs()
-        found = {"inputs": inputs, "stage": stage.name, "directory": str(directory), **stage.sources()}
+        found = {"inputs": inputs, "stage": stage.name, "directory": str(directory.absolute()), **stage.sources()}
         if start:
             source = self._source_directory(stage)
             inputs[HANDED.format(stage.start_from)] = check_output(source, start)

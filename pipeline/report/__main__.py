@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.report.page import write
-from pipeline.status import find_runs, read_facts
+from pipeline.status import check_is_run
 from shards.errors import UserError
 
 NAME = "report.html"
@@ -21,7 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs: list[Path] = arguments.runs
     output = arguments.output or (runs[0] / NAME if len(runs) == 1 else Path(NAME))
     try:
-        _check(runs)
+        for run in runs:
+            check_is_run(run)
         written = write(runs, output, arguments.price)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -41,13 +42,6 @@ def _parser() -> argparse.ArgumentParser:
     add("-o", "--output", type=Path, metavar="FILE", help=f"the page (default: RUN/{NAME}, of several runs {NAME})")
     add("--price", type=float, metavar="X", help="of an hour of one process (one GPU), in any currency")
     return parser
-
-
-def _check(paths: Sequence[Path]) -> None:
-    for path in paths:
-        chains, runs = find_runs([path])
-        if not chains and not any(facts.begun or facts.outcome for facts in map(read_facts, runs)):
-            raise UserError(f"{path} is no run: give a directory that a recipe wrote as its --run-dir, or a chain's")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,10 @@ from torch.nn import functional as F
 from pipeline.augment.device import normalise
 from pipeline.augment.exact import EvalTransform
 from pipeline.predict import load_run
-from pipeline.record import weights_path
+from pipeline.record import CLASSES, read_classes, weights_path
 from pipeline.report.images import data_uri
+from shards.errors import UserError
+from shards.index import Index
 from shards.reader import BadSample, Reader
 from shards.store import StoreOptions, open_data
 
@@ -67,11 +69,21 @@ def worst_mistakes(run_dir: Path) -> Mistakes:
     data = run.recipe.data
     index, store = open_data(data.path, StoreOptions(data.remote, data.cache, data.cache_size))
     with closing(store):
+        _check_classes(read_classes(run_dir), index)
         reader = Reader(index, data.val, store)
         seen = list(_seen(run.model, reader, EvalTransform.of(run.recipe)))
     wrong = sorted((one for one in seen if one.label != one.predicted), key=lambda one: one.of_label)
     worst = tuple(_mistake(one, index.classes) for one in wrong[:NUM_SHOWN])
     return Mistakes(worst, len(wrong), len(seen), len(reader), data.val, run.weights.name)
+
+
+def _check_classes(known: tuple[str, ...] | None, index: Index) -> None:
+    """Raises UserError where other data lies where the run's did: its labels would be judged by other names."""
+    if known not in (None, index.classes):
+        raise UserError(
+            f"the data in {index.root} has other classes than the run was trained on, which are in its {CLASSES}: put "
+            "that data back"
+        )
 
 
 def _seen(model: nn.Module, reader: Reader, transform: EvalTransform) -> Iterator[_Seen]:

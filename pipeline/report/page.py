@@ -2,8 +2,10 @@
 
 import base64
 import hashlib
+import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -31,7 +33,7 @@ from pipeline.status import (
     state_of,
 )
 from pipeline.status.words import clock, duration, large
-from shards.durable import atomic_file
+from shards.durable import atomic_file, explained
 from shards.errors import UserError
 
 TEMPLATE = Path(__file__).parent / "template"
@@ -70,7 +72,6 @@ class RunPart:
 @dataclass(frozen=True)
 class ChainPart:
     label: str
-    path: str
     state: State
     graph: Graph
 
@@ -81,9 +82,10 @@ def write(paths: Sequence[Path], output: Path, price: float | None = None) -> Pa
     What a run lacks, the page says. Raises UserError where the file cannot be written.
     """
     page = render(list(paths), price)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(output) as file:
-        file.write(page.encode(errors="replace"))
+    with explained(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(output) as file:
+            file.write(page.encode(errors="replace"))
     return output
 
 
@@ -160,7 +162,7 @@ def _run(place: int, path: Path, label: str, kind: str) -> RunPart:
 def _chain(chain: Chain, runs: Sequence[RunPart]) -> ChainPart:
     by_path = {run.path.absolute(): run for run in runs}
     told = {stage.name: _told(by_path[stage.path.absolute()]) for stage in chain.stages}
-    return ChainPart(chain.path.absolute().name, str(chain.path), chain_state(chain), graph.draw(chain, told))
+    return ChainPart(chain.path.absolute().name, chain_state(chain), graph.draw(chain, told))
 
 
 def _told(run: RunPart) -> Told:
@@ -183,15 +185,17 @@ def _part(work: Callable[[], T]) -> Part[T]:
 
 
 def _files(path: Path) -> tuple[str, ...]:
-    """What lies in the directory, with sizes: of an export it is all there is."""
-    try:
-        found = sorted(file for file in path.rglob("*") if file.is_file() and "checkpoints" not in file.parts)
-    except OSError:
-        return ()
-    listed = [f"{file.relative_to(path)} ({_size(file)})" for file in found[:MAX_FILES]]
+    """What lies in the directory but its checkpoints, with sizes: of an export it is all there is."""
+    found: list[tuple[str, int]] = []
+    for folder, folders, names in os.walk(path):
+        folders[:] = [name for name in folders if name != "checkpoints"]
+        for file in (os.path.join(folder, name) for name in names):
+            with suppress(OSError):  # in a run that goes on, files come and go
+                found.append((os.path.relpath(file, path), os.path.getsize(file)))
+    listed = [f"{name} ({_size(num_bytes)})" for name, num_bytes in sorted(found)[:MAX_FILES]]
     return (*listed, *([f"and {len(found) - MAX_FILES} more"] if len(found) > MAX_FILES else []))
 
 
-def _size(file: Path) -> str:
-    text = large(file.stat().st_size)
+def _size(num_bytes: int) -> str:
+    text = large(num_bytes)
     return f"{text}B" if text[-1].isalpha() else f"{text} B"

@@ -2,7 +2,7 @@
 
 from pipeline.status.facts import Commit, Facts, read_facts
 from pipeline.status.progress import Best, Progress, best_evaluation, progress_of, seconds_of
-from pipeline.status.stages import Chain, Stage, find_runs, labels, read_chain
+from pipeline.status.stages import Chain, Stage, check_is_run, find_runs, labels, read_chain
 from pipeline.status.state import STATES, State, chain_state, state_of
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "State",
     "best_evaluation",
     "chain_state",
+    "check_is_run",
     "find_runs",
     "labels",
     "progress_of",

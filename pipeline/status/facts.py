@@ -54,7 +54,7 @@ class Facts:
 def read_facts(path: Path) -> Facts:
     """Of a run directory; also of one that is not there."""
     lines = [line for line in read_objects(path / METRICS) if _is_step(line.get("step"))]
-    logs = path / LOGS if (path / LOGS).is_dir() else path.parent / LOGS  # a chain keeps those of its stages
+    logs = path / LOGS if (path / LOGS).is_dir() else path.absolute().parent / LOGS  # a chain keeps those of its stages
     names = (METRICS, ATTEMPTS, RECIPE, OUTCOME, PROVENANCE)
     written = [*(path / name for name in names), logs / "rank-0.log"]
     commit = _newest(path / CHECKPOINTS)
@@ -75,7 +75,7 @@ def read_facts(path: Path) -> Facts:
 
 
 def _is_step(value: object) -> bool:
-    return isinstance(value, int) and 0 <= value < MAX_STEPS
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_STEPS
 
 
 def _newest(checkpoints: Path) -> Commit | None:

@@ -44,8 +44,9 @@ def progress_of(facts: Facts, now: float | None = None) -> Progress:
 def steps_per_epoch(facts: Facts) -> int | None:
     """As the logged steps tell it."""
     for line in reversed(facts.steps):
-        if epoch := number(line.get("epoch")):
-            return round(line["step"] / epoch) or None
+        epoch = number(line.get("epoch"))
+        if epoch and (steps := number(line["step"] / epoch)) is not None:
+            return round(steps) or None
     return None
 
 
@@ -91,4 +92,4 @@ def _seconds_left(facts: Facts, total: int, now: float) -> float | None:
     started, begun = number(attempt.get("started")), number(attempt.get("step"))
     if started is None or begun is None or step <= begun:
         return None
-    return max(0.0, (logged - started) / (step - begun) * (total - step) - (now - logged))
+    return number(max(0.0, (logged - started) / (step - begun) * (total - step) - (now - logged)))

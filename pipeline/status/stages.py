@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.record import LOGS, METRICS, OUTCOME, RECIPE
-from pipeline.status.facts import ATTEMPTS
+from pipeline.status.facts import ATTEMPTS, read_facts
 from pipeline.status.files import modified, number, read_object, read_objects
+from shards.errors import UserError
 
 CHAIN = "chain.json"
 
@@ -39,7 +40,7 @@ def read_chain(path: Path) -> Chain | None:
         return Chain(path, stages) if stages else None
     if _is_run(path):
         return None
-    found = sorted((child for child in path.glob("*/") if _is_run(child)), key=_started)
+    found = sorted((child for child in path.glob("*/") if _is_run(child)), key=lambda run: (_started(run), run.name))
     return Chain(path, tuple(_guessed(child, found) for child in found)) if found else None
 
 
@@ -53,6 +54,13 @@ def find_runs(paths: Iterable[Path]) -> tuple[list[Chain], list[Path]]:
         for run in [stage.path for stage in chain.stages] if chain else [path]:
             runs.setdefault(run.absolute(), run)
     return chains, list(runs.values())
+
+
+def check_is_run(path: Path) -> None:
+    """Raises UserError where it is neither a run's directory nor a chain's."""
+    facts = read_facts(path)
+    if not (facts.begun or facts.outcome or read_chain(path)):
+        raise UserError(f"{path} is no run: give a directory that a recipe wrote as its --run-dir, or a chain's")
 
 
 def labels(paths: Sequence[Path]) -> list[str]:

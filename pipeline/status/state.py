@@ -3,7 +3,7 @@
 import re
 import subprocess
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,17 +41,23 @@ def state_of(facts: Facts, now: float | None = None) -> State:
 
 
 def chain_state(chain: Chain, now: float | None = None) -> State:
-    """Of a chain as a whole: by its own outcome and logs, else by its stages'."""
+    """Of a chain as a whole: by its own outcome and logs, else by its stages' states."""
     outcome = read_object(chain.path / OUTCOME)
     if outcome:
         return State(_known(outcome.get("outcome")), str(outcome.get("reason", "")))
     facts = [read_facts(stage.path) for stage in chain.stages]
-    if not any(stage.begun for stage in facts) and not (chain.path / LOGS).is_dir():
-        return State("waiting")
-    if not (chain.path / LOGS).is_dir() and all(stage.outcome.get("outcome") == "done" for stage in facts):
-        return State("done")
-    written = max((stage.modified for stage in facts), default=0.0)
+    if not (chain.path / LOGS).is_dir():
+        return _of_stages({stage.name: state_of(each, now) for stage, each in zip(chain.stages, facts, strict=True)})
+    written = max(stage.modified for stage in facts)
     return _without_outcome(chain.path / LOGS, written, max(map(_patience, facts)), now or time.time())
+
+
+def _of_stages(states: Mapping[str, State]) -> State:
+    """What most needs to be known of runs that no launch has as its stages."""
+    for name in ("running", "error", "dead", "requeue", "waiting"):
+        if found := [stage for stage, state in states.items() if state.name == name]:
+            return State(name, ", ".join(found))
+    return State("done")
 
 
 def _patience(facts: Facts) -> float:

@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 HEADER = re.compile(r"=== (\S+): rank (\d+) of (\d+), pid (\d+) on (.+), commit (\S+)")
+_HEADS = re.compile(rb"^" + HEADER.pattern.encode(), re.MULTILINE)
 SLACK = 2.0  # seconds: times of the log and of /proc are whole seconds and ticks
 
 
@@ -26,8 +27,7 @@ class Writer:
 
 def last_attempt(log: Path) -> tuple[Writer | None, str]:
     """The head of the last attempt in a rank's log, and the text below it; (None, "") where there is none."""
-    text = _from_last_head(log)
-    head, _, rest = text.partition("\n")
+    head, _, rest = _from_last_head(log).partition("\n")
     if not (found := HEADER.match(head)):
         return None, ""
     when, rank, world, pid, host, commit = found.groups()
@@ -67,7 +67,7 @@ def _status(pid: int) -> tuple[str, float]:
 def _from_last_head(log: Path) -> str:
     try:
         with log.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            start = content.rfind(b"\n=== ")
-            return content[start + 1 :].decode(errors="replace")
+            starts = [found.start() for found in _HEADS.finditer(content)]
+            return content[starts[-1] :].decode(errors="replace") if starts else ""
     except (OSError, ValueError):  # missing, or empty
         return ""
