@@ -149,7 +149,7 @@ class TimmIncreasing:
 
 
 def _posterize(image: Image.Image, bits: int, **options: object) -> Image.Image:
-    """timm's asks for no bits at all where a magnitude is cut to 10: black, until Pillow began to refuse it (13 does)."""
+    """timm's asks for no bits at all where a magnitude is cut to 10: black, until Pillow refused that (13 does)."""
     return NAME_TO_OP[POSTERIZE](image, bits, **options) if bits else Image.new("RGB", image.size)
 
 
