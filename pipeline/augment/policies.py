@@ -5,10 +5,10 @@ equal ones. Shapes: S side of a square image.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -151,7 +151,7 @@ def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
     return posterize(image, bits) if bits else Image.new("RGB", image.size)
 
 
-OPERATIONS: dict[str, Callable[..., Image.Image]] = NAME_TO_OP | {"PosterizeIncreasing": _posterize}
+OPERATIONS: dict[str, Any] = NAME_TO_OP | {"PosterizeIncreasing": _posterize}
 
 
 def arguments(name: str, level: float, negative: bool) -> tuple[float, ...]:
