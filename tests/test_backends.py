@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,8 @@ from shards.errors import UserError
 STEPS = 20
 STOPPED_STEPS, STOPPED_AFTER = 10, 5
 STRATEGIES = ("ddp", "fsdp", "zero2")
-DROP_PATH = ["--model.drop-path-rate", "0.2", "--optimizer.decay", "matrices"]
+STOPPED = ["--model.drop-path-rate", "0.2", "--optimizer.decay", "matrices", "--schedule.cosine-per", "epoch"]
+STOPPED += ["--schedule.cooldown", "2 steps", "--schedule.cooldown-lr", "1e-5"]
 BF16 = ["--runtime.precision", "bf16"]
 TOLERANCE, BF16_TOLERANCE = 1e-5, 2e-3
 ROLLED_BACK = ("spiked", "rolled-back")
@@ -41,8 +43,8 @@ WEIGHTS = [Path("weights") / f"{name}.safetensors" for name in ("model", "ema", 
 
 def fit_each(strategies: tuple[str, ...], data: Path, root: Path, alone: Path) -> None:
     """Per strategy, in this one launch: the parity run, begun with the averages of the run `alone` (which the first
-    step replaces), led through injuries; one with drop path and two groups of parameters that goes through beside one
-    that is stopped and resumed; and one in bf16."""
+    step replaces), led through injuries; one with the options of STOPPED that goes through beside one that is
+    stopped and resumed; and one in bf16."""
     world = start("cpu")
     if world.size == 1:
         fit_without(recipe_of(data, root / "without", STEPS), world, INJURIES)
@@ -66,8 +68,8 @@ def fit_each(strategies: tuple[str, ...], data: Path, root: Path, alone: Path) -
 
 
 def train_thoroughly(strategy: str, data: Path, root: Path, placed: World) -> None:
-    assert fit(recipe_of(data, root / f"{strategy}-whole", STOPPED_STEPS, DROP_PATH), placed) == "done"
-    stopped = recipe_of(data, root / f"{strategy}-resumed", STOPPED_STEPS, DROP_PATH)
+    assert fit(recipe_of(data, root / f"{strategy}-whole", STOPPED_STEPS, STOPPED), placed) == "done"
+    stopped = recipe_of(data, root / f"{strategy}-resumed", STOPPED_STEPS, STOPPED)
     stop(stopped, placed, STOPPED_AFTER, Whole)
     assert fit(stopped, placed) == "done"
     fit_injured(recipe_of(data, root / f"{strategy}-bf16", STEPS, BF16), placed)
@@ -189,3 +191,12 @@ def test_a_stopped_run_resumes_bitwise(runs, run):
     assert ranks.metrics(resumed) == ranks.metrics(whole)
     for weights in WEIGHTS:
         assert (resumed / weights).read_bytes() == (whole / weights).read_bytes()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_run_follows_the_schedule_of_its_recipe(runs, strategy):
+    """A step of warm-up, a cosine of 7 that moves with the epoch of 5, and 2 of cool-down."""
+    rates = [line["lr"] for line in ranks.metrics(runs / "two" / f"{strategy}-resumed") if "lr" in line]
+    section = recipe_of(Path(), runs, STOPPED_STEPS).schedule
+    second = section.min_lr + (section.lr - section.min_lr) / 2 * (1 + math.cos(math.pi * 4 / 7))
+    assert rates == pytest.approx([section.warmup_lr, *[section.lr] * 4, *[second] * 3, 1e-5, 1e-5], rel=1e-12)

@@ -1,5 +1,6 @@
 """Commands of other programs as recipes. tests/upstream holds those of their READMEs, as they stand there."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import ranks
 
-from pipeline.recipe import Recipe, flatten, parse
+from pipeline.recipe import Augment, Optimizer, Recipe, Schedule, flatten, parse
 from recipes import finetune_1k, pretrain_21k
 from tools.from_upstream import main, table
 from tools.upstream_flags import LAUNCHERS, PROGRAMS
@@ -26,6 +27,14 @@ OF = {
     "t2t_vit_t_14": "t2t",
 }
 FLAG = re.compile(r"(?<!\S)(?:--?[A-Za-z][\w-]*|CUDA_VISIBLE_DEVICES)")
+TIMM = Augment(
+    decode="fast",
+    interpolation="bicubic",
+    randaugment="timm-increasing",
+    randaugment_std=0.5,
+    erasing_fill="noise",
+    erasing_scale=(0.02, 1 / 3),
+)
 PRETRAIN = (COMMANDS / "vittm_pretrain.txt").read_text()
 DEIT = "torchrun --nproc_per_node=4 main.py --model deit_small_patch16_224 --batch-size 256"
 
@@ -92,22 +101,122 @@ def test_deit_has_the_defaults_of_its_program(tmp_path, capsys):
     assert (recipe.seed, recipe.loss, recipe.ema_decay, recipe.optimizer.clip_norm) == (3407, "ce", 0.99996, 0)
     assert (recipe.data.global_batch, recipe.schedule.lr, recipe.schedule.warmup) == (1024, 1e-3, "5 epochs")
     assert (recipe.model.name, recipe.model.drop_path_rate) == ("deit_small_patch16_224", 0.1)
-    assert (recipe.augment.randaugment_ops, recipe.augment.randaugment_magnitude) == (2, 9)
-    assert (recipe.augment.mixup, recipe.augment.cutmix, recipe.augment.mixup_alpha) == (True, True, 0.8)
+    assert recipe.optimizer == Optimizer(weight_decay=0.05, decay="matrices", clip_norm=0.0)
+    assert recipe.schedule == Schedule("300 epochs", "5 epochs", 1e-3, 1e-6, 1e-5, cosine_per="epoch")
+    assert recipe.augment == dataclasses.replace(
+        TIMM, mixup=True, cutmix=True, mixup_alpha=0.8, cutmix_alpha=1.0, randaugment_ops=2, erasing=0.25
+    )
+    assert (recipe.label_smoothing, recipe.evaluation.crop_pct) == (0.1, 0.875)
     waiting = re.findall(r"^# not there yet: (--\S+)", told, re.MULTILINE)
     expansion = ["--expansion-step", "--keep-rate", "--initialization-keep-rate", "--expansion-multiple-stage"]
-    assert waiting == ["--smoothing", *expansion, "--cutmix", "--repeated-aug", "--aa"]
+    assert waiting == [*expansion, "--repeated-aug"]
+    assert "# no field of ours: --sched cosine by default: the schedule is the cosine, by epochs as there; ours" in told
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected", "remark"),
+    [
+        ("--remode const --reprob 0.1", {"augment.erasing_fill": "mean", "augment.erasing": "0.1"}, ""),
+        (
+            "--remode rand",
+            {"augment.erasing_fill": None},
+            "not there yet: --remode rand: a colour a box; the recipe's own stays",
+        ),
+        ("--mixup 0", {"augment.mixup": "false", "augment.cutmix": "true", "augment.cutmix_alpha": "1.0"}, ""),
+        ("--cutmix 0 --mixup 0.3", {"augment.cutmix": "false", "augment.mixup_alpha": "0.3"}, ""),
+        ("--train-interpolation bilinear", {"augment.interpolation": "bilinear"}, ""),
+        ("--eval-crop-ratio 0.95 --smoothing 0", {"evaluation.crop_pct": "0.95", "label_smoothing": "0"}, ""),
+        (
+            "--aa rand-m7-n3-inc1",
+            {
+                "augment.randaugment": "timm-increasing",
+                "augment.randaugment_ops": "3",
+                "augment.randaugment_magnitude": "7",
+                "augment.randaugment_std": "0",
+            },
+            "",
+        ),
+        (
+            "--aa rand-mstd1.5-inc1-mmax15",
+            {"augment.randaugment_magnitude": "10", "augment.randaugment_std": "1.5"},
+            "not there yet: --aa rand-mstd1.5-inc1-mmax15: mmax",
+        ),
+        (
+            "--aa original",
+            {"augment.randaugment_ops": "0", "augment.randaugment": None},
+            "not there yet: --aa original: another policy than RandAugment",
+        ),
+        (
+            "--cooldown-epochs 10",
+            {"schedule.length": "300 epochs", "schedule.cooldown": None},
+            "no effect in the authors' program: --cooldown-epochs 10: it trains as many as --epochs says",
+        ),
+    ],
+)
+def test_flags_of_deit(flags, expected, remark, tmp_path, capsys):
+    told, _ = converted(f"{DEIT} {flags}", tmp_path, capsys)
+    found = fields(told)
+    assert {name: found.get(name) for name in expected} == expected
+    assert f"# {remark}" in told
+    plain = {line for line in converted(DEIT, tmp_path, capsys)[0].splitlines() if line.startswith("#")}
+    assert len([line for line in told.splitlines() if line.startswith("#") and line not in plain]) == bool(remark)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected", "remark"),
+    [
+        (
+            "--min-lr 1e-5 --cooldown-epochs 10",
+            {"schedule.length": "310 epochs", "schedule.cooldown": "10 epochs", "schedule.cooldown_lr": "1e-5"},
+            "not given, so that the recipe's own values stay: --lr",
+        ),
+        (
+            "--cooldown-epochs 0",
+            {"schedule.length": "300 epochs", "schedule.cooldown": "0 epochs", "schedule.cooldown_lr": None},
+            "not given, so that the recipe's own values stay: --min-lr",
+        ),
+        (
+            "--cooldown-epochs 10",
+            {"schedule.length": "300 epochs", "schedule.cooldown": None, "schedule.cooldown_lr": None},
+            "not there yet: --cooldown-epochs 10 without --min-lr: its rate depends on timm's version; give --min-lr",
+        ),
+        (
+            "--crop-pct 0.9 --train-interpolation bicubic --mixup 0.2 --workers 3",
+            {
+                "evaluation.crop_pct": "0.9",
+                "augment.interpolation": "bicubic",
+                "augment.mixup_alpha": "0.2",
+                "augment.cutmix": "false",
+            },
+            "not given, so that the recipe's own values stay: --cooldown-epochs (schedule.cooldown), --min-lr",
+        ),
+    ],
+)
+def test_flags_of_timm(flags, expected, remark, tmp_path, capsys):
+    told, _ = converted(f"./distributed_train.sh 4 data --model vit_small_patch16_224 {flags}", tmp_path, capsys)
+    assert {name: fields(told).get(name) for name in expected} == expected
+    assert f"# {remark}" in told
 
 
 def test_efficient_train_and_ltm(tmp_path, capsys):
     told, _ = converted((COMMANDS / "efficienttrain_deit_small.txt").read_text(), tmp_path, capsys)
     recipe = recipe_of(told, finetune_1k, ["--model", "deit_small_patch16_224"], tmp_path)
     assert (recipe.data.global_batch, recipe.schedule.lr, recipe.schedule.warmup) == (4096, 4e-3, "20 epochs")
+    assert recipe.schedule == Schedule("300 epochs", "20 epochs", 4e-3, 0.0, 1e-6)
+    assert recipe.optimizer == Optimizer(weight_decay=0.05, decay="matrices", clip_norm=5.0)
+    assert recipe.augment == dataclasses.replace(
+        TIMM, mixup=True, cutmix=True, mixup_alpha=0.8, cutmix_alpha=1.0, randaugment_ops=2, erasing=0.25
+    )
+    assert (recipe.label_smoothing, recipe.ema_decay, recipe.evaluation.crop_pct) == (0.1, 0, 0.875)
     assert "# not there yet: EfficientTrain: images of 160, 192, then 224 px" in told
     told, errors = converted((COMMANDS / "ltm_mobilevit_s.txt").read_text(), tmp_path, capsys)
     recipe = recipe_of(told, finetune_1k, [], tmp_path)
     assert (recipe.data.global_batch, recipe.schedule.lr, recipe.schedule.min_lr) == (256, 2e-4, 2e-5)
     assert (recipe.ema_decay, recipe.augment.erasing, recipe.checkpoint.keep) == (0.9995, 0.2, 20)
+    assert (recipe.augment.erasing_fill, recipe.label_smoothing, recipe.optimizer.decay) == ("noise", 0.1, "matrices")
+    assert (recipe.augment.mixup, recipe.augment.cutmix, recipe.schedule.cosine_per) == (False, False, "epoch")
+    assert (recipe.augment.randaugment, recipe.augment.randaugment_std) == ("torchvision", 0)
+    assert "# not there yet: --aa rand-m9-mstd0.5: operations of which some weaken" in told
     assert "# not there yet: --model ltm_mobilevit_s: learnable token merging (LTM)\n" in told
     assert "model.name" not in fields(told)
     assert errors == (
@@ -121,7 +230,11 @@ def test_efficient_train_and_ltm(tmp_path, capsys):
     [
         ("lvvit_s", "LV-ViT with ToE: not there yet: LV-ViT and its token labels"),
         ("yolos_s", "YOLOS with ToE: not there yet: detection on COCO"),
-        ("t2t_vit_t_14", "T2T-ViT (mmpretrain): not there yet: T2T-ViT; its command has no flags, but a config file"),
+        (
+            "t2t_vit_t_14",
+            "T2T-ViT (mmpretrain): not there yet: its command has no flags, but a config file; recipes/t2t_vit.py has "
+            "what its authors' say",
+        ),
     ],
 )
 def test_what_no_recipe_can_be_made_of(name, waits, tmp_path, capsys):

@@ -93,12 +93,18 @@ def test_the_report(start, small, tmp_path):
 
 def test_a_dry_run_leaves_a_run_as_it_is(start, small, tmp_path):
     run_dir = tmp_path / "run"
-    options = ["--debug", *small, "--run-dir", str(run_dir)]
+    options = ["--debug", *small, "--run-dir", str(run_dir), "--schedule.cosine-per", "epoch"]
+    options += ["--schedule.cooldown", "25%", "--schedule.cooldown-lr", "1e-5"]
     assert start(PRETRAIN, options).wait().codes == [0]
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     ended = start(PRETRAIN, [*options, "--dry-run"]).wait()
     assert ended.codes == [0], ended.outputs
     assert "8 steps, of which 8 are done" in ended.outputs[0]
+    rates = sections(ended.outputs[0])["learning rate"]
+    assert rates[0] == (
+        "1 steps of warm-up, then half a cosine to step 6, moved every 5 steps (an epoch), then 2 steps at 1.0000e-05"
+    )
+    assert [line.split()[2] for line in rates[1:]][-2:] == ["1.0000e-05"] * 2
     after = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     assert after == before
     assert json.loads((run_dir / "outcome.json").read_text())["outcome"] == "done"

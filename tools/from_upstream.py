@@ -18,9 +18,10 @@ from pathlib import Path
 from pipeline.recipe import Recipe, with_text
 from pipeline.validate import validate
 from shards.errors import UserError
-from tools.upstream_convert import Converted, Given, choose, command_line, convert, take
-from tools.upstream_flags import KINDS, LAUNCHERS, PROGRAMS, SCRIPTS, Flag, Program
+from tools.upstream_convert import choose, command_line, convert, take
+from tools.upstream_flags import LAUNCHERS, PROGRAMS, SCRIPTS
 from tools.upstream_shell import read, split
+from tools.upstream_types import KINDS, Converted, Flag, Given, Program
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,7 +104,7 @@ def _check(text: str) -> None:
 
 
 def _quoted(text: str) -> str:
-    return text if re.fullmatch(r"[\w./+-]+( [\w./+-]+)*", text) else json.dumps(text, ensure_ascii=False)
+    return text if re.fullmatch(r"[\w./+-]+( [\w./+-]+)*|\[[\d., ]+\]", text) else json.dumps(text, ensure_ascii=False)
 
 
 def _text(path: str) -> str:

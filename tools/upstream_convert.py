@@ -3,12 +3,13 @@
 import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 
 from shards.errors import UserError
-from tools.upstream_flags import DEIT, EFFICIENT_TRAIN, KINDS, PROGRAMS, TIMM, VITTM, Flag, Kind, Program
+from tools.upstream_flags import DEIT, EFFICIENT_TRAIN, PROGRAMS, TIMM, VITTM
 from tools.upstream_shell import Command
+from tools.upstream_timm import cool_down, of_timm
+from tools.upstream_types import Converted, Flag, Given, Program
 
 EFFECTIVE = {("imagenet-21k", "base"): 4096, ("imagenet-21k", "small"): 4096, ("imagenet", "small"): 4096}
 EFFECTIVE |= {("imagenet", "base"): 2048}
@@ -16,42 +17,6 @@ EFFECTIVE |= {("imagenet", "base"): 2048}
 CLASSES = {"imagenet-21k": "10450", "imagenet": "1000"}
 RECIPES = {"imagenet-21k": "pretrain_21k", "imagenet": "finetune_1k"}
 NUMBER = re.compile(r"-?\.?\d.*")
-
-
-@dataclass(frozen=True)
-class Given:
-    """A command's flags: the texts that each has, by its first name; words that belong to none; number of ranks."""
-
-    program: Program
-    values: Mapping[str, tuple[str, ...]]
-    words: tuple[str, ...]
-    ranks: int
-
-    def text(self, name: str) -> str:
-        """The flag's value, or its default; "" for a flag without both."""
-        found = self.values.get(name)
-        return " ".join(found) if found is not None else self.flag(name).default
-
-    def flag(self, name: str) -> Flag:
-        return next(flag for flag in self.program.flags if name in flag.names.split())
-
-    def number(self, name: str) -> float:
-        text = self.text(name)
-        try:
-            return float(text)
-        except ValueError as error:
-            raise UserError(f"{name} '{text}': it takes a number, for {self.flag(name).field} is made of it") from error
-
-
-@dataclass
-class Converted:
-    """`fields`: text and origin of each; `remarks`: by kind; `open`: fields whose flag is missing, and its default not
-    known; `contradictions`: sentences."""
-
-    fields: dict[str, tuple[str, str]] = field(default_factory=dict)
-    remarks: dict[Kind, list[str]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
-    open: list[str] = field(default_factory=list)
-    contradictions: list[str] = field(default_factory=list)
 
 
 def choose(command: Command) -> Program:
@@ -184,6 +149,8 @@ def _vittm(found: Converted, given: Given) -> None:
     if found.fields["model.init_from"][0] == "blocks":
         found.fields["model.init_from"] = ("blocks", "the program starts from timm's ViT without saying so")
     found.contradictions += [*_profile(given), *_switched_off(given)]
+    if "augment.mixup_alpha" in found.fields:
+        found.fields["augment.cutmix_alpha"] = found.fields["augment.mixup_alpha"]
     embedder = given.text("--process-embedded-type")
     if embedder and embedder != "patch":
         found.contradictions.append(
@@ -213,19 +180,13 @@ def _switched_off(given: Given) -> Iterator[str]:
 
 
 def _deit(found: Converted, given: Given) -> None:
-    """The program scales its learning rate; its alphas are two, and 0 switches off."""
-    batch = int(found.fields["data.global_batch"][0])
-    rate, mixup, cutmix = (given.number(name) for name in ("--lr", "--mixup", "--cutmix"))
+    """The program scales its learning rate."""
+    _only_cosine(given, "--sched")
+    batch, rate = int(found.fields["data.global_batch"][0]), given.number("--lr")
     found.fields["schedule.lr"] = (f"{rate * batch / 512:.10g}", f"--lr {rate:g} x {batch} / 512")
-    found.fields["augment.mixup"] = ("true" if mixup else "false", f"--mixup {mixup:g}")
-    found.fields["augment.cutmix"] = ("true" if cutmix else "false", f"--cutmix {cutmix:g}")
-    alpha = mixup or cutmix
-    found.fields["augment.mixup_alpha"] = (f"{alpha:g}", "of both") if alpha else ("1", "nothing is mixed")
-    if mixup and cutmix and mixup != cutmix:
-        found.remarks["later"].append(f"--cutmix {cutmix:g} beside --mixup {mixup:g}: two alphas; both are {alpha:g}")
     if not {"--repeated-aug", "--no-repeated-aug"} & given.values.keys():
         found.remarks["later"].append("--repeated-aug by default: repeated augmentation")
-    _randaugment(found, given)
+    of_timm(found, given)
 
 
 def _timm(found: Converted, given: Given) -> None:
@@ -239,21 +200,8 @@ def _timm(found: Converted, given: Given) -> None:
             f"--warmup-epochs {given.text('--warmup-epochs')} beside --warmup-lr {given.text('--warmup-lr')}, which is "
             "--lr itself: the warm-up only puts the cosine off"
         )
-    _randaugment(found, given)
-
-
-def _randaugment(found: Converted, given: Given) -> None:
-    """timm's rand-m9-mstd0.5: two operations, unless n says how many."""
-    policy = given.text("--aa")
-    found.fields.pop("augment.randaugment_magnitude", None)
-    if not policy.startswith("rand-"):
-        found.fields["augment.randaugment_ops"] = ("0", f"--aa {policy or 'none'}")
-        return
-    parts = {key: value for key, value in re.findall(r"-(m|n)(\d+)", policy)}
-    found.fields["augment.randaugment_ops"] = (parts.get("n", "2"), f"--aa {policy}")
-    found.fields["augment.randaugment_magnitude"] = (parts.get("m", "10"), f"--aa {policy}")
-    if "mstd" in policy or "inc" in policy:
-        found.remarks["later"].append(f"--aa {policy}: a spread of magnitudes (mstd), and ones that grow (inc)")
+    of_timm(found, given)
+    cool_down(found, given)
 
 
 def _only_cosine(given: Given, name: str) -> None:
@@ -271,8 +219,9 @@ def _efficient_train(found: Converted, given: Given) -> None:
     model = given.text("--model")
     if not re.match("deit_(tiny|small)", model):
         raise UserError(f"--model '{model}': of EfficientTrain's models only deit_tiny and deit_small are known here")
-    found.open.append("what ET_training.py leaves to the defaults of the main.py that it starts")
-    found.remarks["later"].append("EfficientTrain: images of 160, 192, then 224 px, RandAugment of magnitude 1 to 9")
+    found.remarks["later"].append(
+        "EfficientTrain: images of 160, 192, then 224 px, RandAugment of magnitude 1, 3, 5, 7, then 9; of both the last"
+    )
 
 
 def _nothing_more(found: Converted, given: Given) -> None:

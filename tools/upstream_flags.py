@@ -2,64 +2,10 @@
 
 Of ViTTM's program (WACV 2025), of DeiT, LV-ViT, EfficientTrain and YOLOS with Token Expansion (CVPR 2024), and of the
 timm program of LTM (TPAMI 2025). Defaults are those of each program: DeiT's of github.com/facebookresearch/deit
-main.py, EfficientTrain's of github.com/LeapLabTHU/EfficientTrain ET_training.py.
+main.py, EfficientTrain's of github.com/LeapLabTHU/EfficientTrain ET_training.py and main.py.
 """
 
-from dataclasses import dataclass, field
-from typing import Literal
-
-Kind = Literal["field", "said", "no effect", "later"]
-KINDS: dict[Kind, str] = {
-    "said": "no field of ours:",
-    "no effect": "no effect in the authors' program:",
-    "later": "not there yet:",
-}
-
-
-@dataclass(frozen=True)
-class Flag:
-    """`names`: as the program has them, between spaces. `field`: ours, which gets `form`, with the flag's value in
-    place of {}; `default` is what the flag is where it is not given (of a switch: what the field is then).
-
-    `takes`: "" a switch, "1" a value, "+" some.
-    """
-
-    names: str
-    field: str = ""
-    remark: str = ""
-    form: str = "{}"
-    default: str = ""
-    takes: Literal["", "1", "+"] = "1"
-    kind: Kind = "field"
-
-    @property
-    def name(self) -> str:
-        return self.names.split()[0]
-
-
-@dataclass(frozen=True)
-class Program:
-    """`scripts`: what its command starts. `always`: fields that no flag of it changes. `waits`: why no recipe can be
-    made of its commands; "" where one can."""
-
-    title: str
-    scripts: tuple[str, ...]
-    flags: tuple[Flag, ...]
-    always: dict[str, str] = field(default_factory=dict)
-    waits: str = ""
-
-
-def said(names: str, remark: str, takes: Literal["", "1", "+"] = "1") -> Flag:
-    return Flag(names, remark=remark, takes=takes, kind="said")
-
-
-def later(names: str, remark: str, takes: Literal["", "1", "+"] = "1", default: str = "") -> Flag:
-    return Flag(names, remark=remark, takes=takes, kind="later", default=default)
-
-
-def switch(names: str, field: str, given: str, missing: str, remark: str = "") -> Flag:
-    return Flag(names, field, remark, given, missing, "")
-
+from tools.upstream_types import Flag, Program, later, said, switch
 
 IMAGES = "the images are made into shards first (tools/make_shards.py), where data.path points then"
 CLASSES = "the index of the shards knows its classes"
@@ -68,10 +14,23 @@ BATCH = "a rank's; the global batch is the same on any number of ranks"
 TOE = "Token Expansion (ToE)"
 LTM = "learnable token merging (LTM)"
 LABELS = "token labels (LV-ViT)"
-SMOOTHING = "label smoothing"
 MODEL = "--model picks the recipe, too"
-RANDAUGMENT = "without the program's spread of magnitudes (mstd, inc)"
-PIXELS = "erased boxes are filled with noise there, with the mean here"
+RANDAUGMENT = (
+    "with inc1 as timm-increasing, n as augment.randaugment_ops, mstd as augment.randaugment_std; without inc1 as "
+    "torchvision, without a spread"
+)
+ERASED = "pixel is noise, const mean; rand is not there"
+OFF = "0 switches it off"
+SCHEDULE = (
+    "the schedule is the cosine, by epochs as there; ours warms up by steps, and its cosine begins where the warm-up "
+    "ends, not with the training"
+)
+BY_TIMM = {
+    "optimizer.decay": "matrices",
+    "schedule.cosine_per": "epoch",
+    "augment.erasing_scale": "[0.02, 0.3333333333333333]",
+}
+"""What timm does whatever the flags are."""
 
 EXPANSION = (
     later("--expansion-step", TOE, "+"),
@@ -127,7 +86,7 @@ VITTM = Program(
         switch("--rand-aug", "augment.randaugment_ops", "", "0"),
         switch("--use-mixup", "augment.mixup", "true", "false"),
         switch("--use-cutmix", "augment.cutmix", "true", "false"),
-        Flag("--mixup-alpha", "augment.mixup_alpha"),
+        Flag("--mixup-alpha", "augment.mixup_alpha", "and augment.cutmix_alpha"),
         switch("--random-erasing", "augment.erasing", "0.25", "0"),
         switch("--bce", "loss", "bce", "ce"),
         Flag("--image-size", "augment.image_size", default="224"),
@@ -156,24 +115,29 @@ DEIT = Program(
         Flag("--seed", "seed", default="0"),
         Flag("--epochs", "schedule.length", form="{} epochs", default="300"),
         Flag("--warmup-epochs", "schedule.warmup", form="{} epochs", default="5"),
+        said("--sched", SCHEDULE, default="cosine"),
+        Flag("--cooldown-epochs", remark="it trains as many as --epochs says", kind="no effect"),
         Flag("--lr", "schedule.lr", "of 512 samples; ours is that of the global batch", default="5e-4"),
         Flag("--warmup-lr", "schedule.warmup_lr", default="1e-6"),
         Flag("--min-lr", "schedule.min_lr", default="1e-5"),
-        Flag("--weight-decay", "optimizer.weight_decay", "ours is on norms and biases, too", default="0.05"),
+        Flag("--weight-decay", "optimizer.weight_decay", default="0.05"),
         Flag("--clip-grad", "optimizer.clip_norm", default="0"),
         Flag("--drop-path", "model.drop_path_rate", default="0.1"),
         Flag("--input-size", "augment.image_size", default="224"),
         Flag("--model-ema-decay", "ema_decay", default="0.99996"),
         Flag("--aa", "augment.randaugment_magnitude", RANDAUGMENT, default="rand-m9-mstd0.5-inc1"),
-        Flag("--reprob", "augment.erasing", PIXELS, default="0.25"),
-        Flag("--mixup", "augment.mixup_alpha", "both alphas are one here", default="0.8"),
-        Flag("--cutmix", "augment.cutmix", "its alpha is mixup's here", default="1.0"),
-        later("--smoothing", SMOOTHING, default="0.1"),
+        Flag("--train-interpolation", "augment.interpolation", default="bicubic"),
+        Flag("--reprob", "augment.erasing", default="0.25"),
+        Flag("--remode", "augment.erasing_fill", ERASED, default="pixel"),
+        Flag("--mixup", "augment.mixup_alpha", OFF, default="0.8"),
+        Flag("--cutmix", "augment.cutmix_alpha", OFF, default="1.0"),
+        Flag("--smoothing", "label_smoothing", default="0.1"),
+        Flag("--eval-crop-ratio", "evaluation.crop_pct", default="0.875"),
         later("--repeated-aug", "repeated augmentation; on unless --no-repeated-aug is given", ""),
         said("--no-repeated-aug", "no sample is repeated", ""),
         *EXPANSION,
     ),
-    {"loss": "ce", "runtime.precision": "fp16", "optimizer.name": "adamw", "model.init_from": "none"},
+    BY_TIMM | {"loss": "ce", "runtime.precision": "fp16", "optimizer.name": "adamw", "model.init_from": "none"},
 )
 
 LV_VIT = Program(
@@ -213,12 +177,33 @@ EFFICIENT_TRAIN = Program(
     ),
     {
         "data.global_batch": "4096",
+        "seed": "0",
         "schedule.lr": "4e-3",
         "schedule.warmup": "20 epochs",
+        "schedule.warmup_lr": "0",
+        "schedule.min_lr": "1e-6",
+        "schedule.cosine_per": "step",
         "model.drop_path_rate": "0.1",
         "loss": "ce",
+        "label_smoothing": "0.1",
+        "ema_decay": "0",
         "optimizer.name": "adamw",
+        "optimizer.weight_decay": "0.05",
+        "optimizer.decay": "matrices",
         "model.init_from": "none",
+        "augment.interpolation": "bicubic",
+        "augment.randaugment": "timm-increasing",
+        "augment.randaugment_ops": "2",
+        "augment.randaugment_magnitude": "9",
+        "augment.randaugment_std": "0.5",
+        "augment.erasing": "0.25",
+        "augment.erasing_fill": "noise",
+        "augment.erasing_scale": BY_TIMM["augment.erasing_scale"],
+        "augment.mixup": "true",
+        "augment.mixup_alpha": "0.8",
+        "augment.cutmix": "true",
+        "augment.cutmix_alpha": "1.0",
+        "evaluation.crop_pct": "0.875",
     },
 )
 
@@ -246,29 +231,44 @@ TIMM = Program(
         Flag("-b --batch-size", "data.global_batch", BATCH, default="128"),
         Flag("--workers -j", "data.workers", default="4"),
         said("--pin-mem", PINNED, ""),
-        said("--sched", "the schedule is the cosine"),
+        said("--sched", SCHEDULE),
         Flag("--epochs", "schedule.length", form="{} epochs", default="300"),
+        Flag(
+            "--cooldown-epochs",
+            "schedule.cooldown",
+            "the length grows by them; their rate is --min-lr",
+            form="{} epochs",
+        ),
         Flag("--min-lr", "schedule.min_lr"),
         Flag("--lr", "schedule.lr"),
         Flag("--warmup-lr", "schedule.warmup_lr"),
         Flag("--warmup-epochs", "schedule.warmup", form="{} epochs"),
         Flag("--opt", "optimizer.name"),
-        Flag("--weight-decay", "optimizer.weight_decay", "ours is on norms and biases, too"),
+        Flag("--weight-decay", "optimizer.weight_decay"),
         Flag("--model-ema-decay", "ema_decay", default="0.9998"),
         switch("--model-ema", "ema_decay", "", "0"),
         Flag("--aa", "augment.randaugment_magnitude", RANDAUGMENT),
-        later("--remode", PIXELS),
+        Flag("--train-interpolation", "augment.interpolation", "random is not there", default="random"),
         Flag("--reprob", "augment.erasing", default="0"),
+        Flag("--remode", "augment.erasing_fill", ERASED, default="pixel"),
+        Flag("--mixup", "augment.mixup_alpha", OFF, default="0"),
+        Flag("--cutmix", "augment.cutmix_alpha", OFF, default="0"),
         switch("--amp", "runtime.precision", "fp16", "fp32"),
-        later("--smoothing", SMOOTHING),
+        Flag("--smoothing", "label_smoothing", default="0.1"),
+        Flag("--crop-pct", "evaluation.crop_pct"),
         Flag("--checkpoint-hist", "checkpoint.keep"),
         later("--compression-ratio", f"{LTM}; the authors' public code has no such flag"),
         Flag("--output", "run_dir"),
     ),
-    {"loss": "ce", "model.init_from": "none", "augment.mixup": "false", "augment.cutmix": "false"},
+    BY_TIMM | {"loss": "ce", "model.init_from": "none"},
 )
 
-T2T = Program("T2T-ViT (mmpretrain)", ("train.py",), (), waits="T2T-ViT; its command has no flags, but a config file")
+T2T = Program(
+    "T2T-ViT (mmpretrain)",
+    ("train.py",),
+    (),
+    waits="its command has no flags, but a config file; recipes/t2t_vit.py has what its authors' say",
+)
 
 LAUNCHERS = Program(
     "launchers",

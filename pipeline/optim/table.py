@@ -120,7 +120,17 @@ def _collected(groups: list[dict[str, Any]], section: Section) -> Optimizer:
         given["betas"] = section.betas
     if isinstance(known.get("eps"), float):
         given["eps"] = section.eps
-    return make(groups, **{name: value for name, value in given.items() if name in known})
+    optimizer = make(groups, **{name: value for name, value in given.items() if name in known})
+    if isinstance(optimizer, torch_optimizer.Lamb):
+        optimizer.register_step_post_hook(_keep_ratios)
+    return optimizer
+
+
+def _keep_ratios(optimizer: Optimizer, *_: Any) -> None:
+    """Its trust ratio is the number 1 where a norm is 0, else a tensor: what a checkpoint has as one cannot be loaded
+    as the other."""
+    for parameter, state in optimizer.state.items():
+        state["trust_ratio"] = torch.as_tensor(state["trust_ratio"], dtype=parameter.dtype, device=parameter.device)
 
 
 def _nearest(name: str, names: list[str], prefix: str = "") -> str:

@@ -39,7 +39,13 @@ def parameters(run: Run, model: nn.Module) -> Iterator[str]:
 
 def learning_rate(run: Run) -> Iterator[str]:
     total, schedule = run.durations.total, run.learner.schedule
-    yield f"learning rate: {schedule.warmup_steps} steps of warm-up, then half a cosine to step {total}"
+    held = f", moved every {schedule.hold_steps} steps (an epoch)" if run.recipe.schedule.cosine_per == "epoch" else ""
+    last = total - schedule.total_steps
+    cooled = f", then {last} steps at {schedule.cooldown_lr:.4e}" if last else ""
+    yield (
+        f"learning rate: {schedule.warmup_steps} steps of warm-up, then half a cosine to step {schedule.total_steps}"
+        f"{held}{cooled}"
+    )
     for step in points(total):
         yield f"step {step + 1:>{len(str(total))}}  {schedule(step):.4e}"
 

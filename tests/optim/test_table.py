@@ -118,6 +118,19 @@ def test_every_class_of_torch_optimizer_trains(name):
     assert losses[-1] < losses[0]
 
 
+def test_the_collections_lamb_keeps_tensors_alone():
+    """Before its first step a checkpoint makes one with zero gradients, where trust ratios are 1."""
+    model = nn.Linear(2, 2)
+    optimizer = optim.make_optimizer(model, Optimizer(COLLECTION + "Lamb"), optim.group(model, 1.0, "matrices"))
+    for gradient in (torch.zeros_like, torch.ones_like):
+        for parameter in model.parameters():
+            parameter.grad = gradient(parameter)
+        optimizer.step()
+        ratios = [optimizer.state[parameter]["trust_ratio"] for parameter in model.parameters()]
+        assert {(type(ratio), ratio.dtype) for ratio in ratios} == {(torch.Tensor, torch.float32)}
+    assert not any(torch.equal(ratio, torch.ones(())) for ratio in ratios)
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
