@@ -15,13 +15,11 @@ from pipeline.models.build import make_model
 from pipeline.models.load import check_start
 from pipeline.prepare import check
 from pipeline.recipe import Recipe
-from pipeline.record import decisive_fields, weights_path
+from pipeline.record import WEIGHTS, decisive_fields, weights_path
 from pipeline.trainer import fit
 from shards.errors import UserError
 from shards.index import Index
 from shards.store import StoreOptions, open_data
-
-VARIANTS = ("model", "ema", "best_model", "best_ema")
 
 
 @dataclass(frozen=True)
@@ -81,8 +79,8 @@ class Train:
 
     def hands_over(self, directory: Path, variant: str) -> Path:
         averaged = bool(self.recipe.ema_decay)
-        if variant not in ("", *VARIANTS):
-            raise UserError(f"stage '{self.name}' has no weights '{variant}' to hand over: give one of {[*VARIANTS]}")
+        if variant not in ("", *WEIGHTS):
+            raise UserError(f"stage '{self.name}' has no weights '{variant}' to hand over: give one of {[*WEIGHTS]}")
         if variant.endswith("ema") and not averaged:
             raise UserError(
                 f"stage '{self.name}' keeps no average (ema_decay 0) to hand over: hand its model over, or keep one"
