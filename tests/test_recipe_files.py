@@ -138,7 +138,11 @@ model.start:
     [
         ("", "holds no fields of a recipe: give some as 'data.path: DIRECTORY', each on its line"),
         ("- a\n", "holds no fields of a recipe: give some as 'data.path: DIRECTORY', each on its line"),
-        ("data: &a {path: *a}", "cannot be read as a recipe (maximum recursion depth exceeded"),
+        (
+            "data: &a {path: *a}",
+            "cannot be read as a recipe (it nests without end, as by an alias within what it stands for): give YAML or "
+            "JSON as --print prints it, or a run's recipe.json",
+        ),
         ("{seed: 3", "cannot be read as a recipe (while parsing a flow mapping"),
     ],
 )

@@ -93,12 +93,14 @@ def _read(text: str, path: str) -> list[tuple[str, yaml.Node]]:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         if isinstance(node, yaml.MappingNode):
             return list(_leaves(node))
-    except (yaml.YAMLError, RecursionError) as error:  # the latter of an alias within what it stands for
+    except yaml.YAMLError as error:
         raise _unreadable(path, error) from error
+    except RecursionError as error:
+        raise _unreadable(path, "it nests without end, as by an alias within what it stands for") from error
     raise UserError(f"{path} holds no fields of a recipe: give some as 'data.path: DIRECTORY', each on its line")
 
 
-def _unreadable(path: str, error: Exception) -> UserError:
+def _unreadable(path: str, error: object) -> UserError:
     return UserError(
         f"{path} cannot be read as a recipe ({error}): give YAML or JSON as --print prints it, or a run's recipe.json"
     )
