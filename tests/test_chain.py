@@ -79,7 +79,10 @@ def test_finished_stages_are_skipped_and_changed_ones_done_again_beside_them(
 
 
 def test_a_chain_goes_on_where_it_was_moved_to(start, chain_options, tmp_path):
-    options = [*chain_options, "--finetune.schedule.length", "40 steps", "--finetune.evaluation.every", "100%"]
+    options = [*chain_options, "--finetune.schedule.length", "40 steps", "--pretrain.schedule.length", "2 steps"]
+    for stage in ("pretrain", "finetune"):
+        options += [f"--{stage}.evaluation.every", "100%", f"--{stage}.checkpoint.every", "100%"]
+        options += [f"--{stage}.runtime.no-pictures"]
     running = start(CHAIN, [*options, "--run-dir", str(tmp_path / "old")])
     ranks.when_logged(tmp_path / "old" / "finetune" / "metrics.jsonl", 3, running.processes[0].is_alive)
     running.processes[0].terminate()
