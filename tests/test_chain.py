@@ -78,6 +78,23 @@ def test_finished_stages_are_skipped_and_changed_ones_done_again_beside_them(
     assert stale.outputs[0].count("data of train: ") == 2
 
 
+def test_a_chain_goes_on_where_it_was_moved_to(start, chain_options, tmp_path):
+    options = [*chain_options, "--finetune.schedule.length", "40 steps", "--pretrain.schedule.length", "2 steps"]
+    for stage in ("pretrain", "finetune"):
+        options += [f"--{stage}.evaluation.every", "100%", f"--{stage}.checkpoint.every", "100%"]
+        options += [f"--{stage}.runtime.no-pictures"]
+    running = start(CHAIN, [*options, "--run-dir", str(tmp_path / "old")])
+    ranks.when_logged(tmp_path / "old" / "finetune" / "metrics.jsonl", 3, running.processes[0].is_alive)
+    running.processes[0].terminate()
+    assert running.wait().codes == [75]
+    (tmp_path / "old").rename(tmp_path / "new")
+    ended = start(CHAIN, [*options, "--run-dir", str(tmp_path / "new")]).wait()
+    assert ended.codes == [0], ended.outputs
+    assert f"stage finetune: {tmp_path}/new/finetune: goes on" in ended.outputs[0]
+    steps = [line["step"] for line in ranks.metrics(tmp_path / "new" / "finetune") if "split" not in line]
+    assert steps == list(range(1, 41))
+
+
 def provenance_of(path, capsys, *options):
     assert provenance.main([str(path), *(options or ("--check",))]) == 0
     return capsys.readouterr().out.splitlines()

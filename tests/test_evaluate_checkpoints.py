@@ -30,6 +30,17 @@ def test_a_checkpoint_on_the_way_scores_as_the_run_did_then(finished, shards, al
     assert single["memory_top1"] == evaluation_of(run, 4)["ema_memory_top1"]
 
 
+def test_shards_of_two_ranks_are_evaluated_by_two_ranks(start, small, shards, tmp_path):
+    options = ["--debug", *small, "--schedule.length", "2 steps", "--runtime.no-pictures", "--run-dir"]
+    trained = start("recipes/pretrain_21k.py", [*options, str(tmp_path / "run")], 2, ACCELERATE_USE_FSDP="true").wait()
+    assert trained.codes == [0, 0], trained.outputs
+    command = [str(tmp_path / "run" / "checkpoints" / "step-00000002"), str(shards), "--json", "--workers", "0"]
+    ended = start("tools/evaluate.py", command, 2).wait()
+    assert ended.codes == [0, 0], ended.outputs
+    expected = evaluation_of(tmp_path / "run", 2)
+    assert json.loads(ended.outputs[0].splitlines()[-1]).items() >= expected.items()
+
+
 def test_checkpoints_that_are_not_evaluated(finished, tmp_path):
     path = shutil.copytree(finished / "pretrain" / "checkpoints" / "step-00000004", tmp_path / "step-00000004")
     state = json.loads((path / "state.json").read_text())

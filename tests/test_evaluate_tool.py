@@ -220,6 +220,9 @@ def test_data_that_is_none(constant, shards, alone, tmp_path):
     assert error_of(scores_of, asked, tmp_path / "tars", alone).startswith(
         f"{tmp_path}/tars has no index.json: its shards are missing or unfinished; write them: "
     )
+    assert "has no index.json, so it is taken for class folders" in error_of(
+        scores_of, asked, folders(tmp_path / "tars", {"1": ["a.jpg"]}), alone, split="val"
+    )
     assert "no split 'test' in" in error_of(scores_of, asked, shards, alone, split="test")
 
 

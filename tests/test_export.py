@@ -87,6 +87,9 @@ def test_a_card_says_what_is_not_known(finished, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "license: other\n" in card
     assert "index fingerprint unknown; commit unknown; unknown ranks" in card
+    evaluated = json.loads((alone / "metrics.jsonl").read_text().splitlines()[-1])
+    assert f"after 8 steps.\n\nMeasured by the run on split `val` of `{recipe['data.path']}`: memory_top1 " in card
+    assert f"{evaluated['ema_memory_top1']:.4f}" in card
     assert "SHA-256 unknown: the file is not here any more\n- The run that made those is not known here." in card
 
 
@@ -233,7 +236,11 @@ def test_what_cannot_be_exported(finished, tmp_path, capsys):
     assert "are the weights 'ema', and no 'model'" in told
     told = refused(capsys, run / CHECKPOINT, out, "--weights", "best_ema")
     assert "has no weights 'best_ema': give --weights model or ema" in told
-    out.mkdir()
+    (tmp_path / "out.tmp").mkdir()
+    (tmp_path / "out.tmp" / "own").touch()
+    assert main([str(run), str(out)]) == 0
+    capsys.readouterr()
+    assert (tmp_path / "out.tmp" / "own").exists(), "somebody's own"
     assert f"{out} exists: an export is written whole, into a new directory" in refused(capsys, run, out)
     other = shutil.copytree(run, tmp_path / "other", ignore=shutil.ignore_patterns("weights"))
     assert "has no weights 'ema', only []: a run writes model and ema when it is finished" in refused(

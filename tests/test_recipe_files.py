@@ -111,6 +111,8 @@ augment.mixup: 2
 data.path: [a, b]
 model.memory_encoder_depths: [3, x]
 pretrain.data.path: 3
+wandb: null
+model.start:
 """
     assert wrong(text, tmp_path, capsys) == [
         "is no file of this recipe:",
@@ -126,6 +128,8 @@ pretrain.data.path: 3
         "  - line 11: data.path ['a', 'b']: it takes text",
         "  - line 12: model.memory_encoder_depths ['3', 'x']: it takes a list, each a whole number, or null",
         "  - line 13: pretrain.data.path is no field; the nearest is data.path",
+        "  - line 14: wandb 'null': it takes text",
+        "  - line 15: model.start '': it takes text",
     ]
 
 
@@ -134,6 +138,11 @@ pretrain.data.path: 3
     [
         ("", "holds no fields of a recipe: give some as 'data.path: DIRECTORY', each on its line"),
         ("- a\n", "holds no fields of a recipe: give some as 'data.path: DIRECTORY', each on its line"),
+        (
+            "data: &a {path: *a}",
+            "cannot be read as a recipe (it nests without end, as by an alias within what it stands for): give YAML or "
+            "JSON as --print prints it, or a run's recipe.json",
+        ),
         ("{seed: 3", "cannot be read as a recipe (while parsing a flow mapping"),
     ],
 )

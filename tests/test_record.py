@@ -5,7 +5,8 @@ import json
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipeline.record import forget_outcome, last_evaluation, last_step, read_outcome, write_outcome
+from pipeline.recipe import Recipe, flatten
+from pipeline.record import check_same_recipe, forget_outcome, last_evaluation, last_step, read_outcome, write_outcome
 from pipeline.record.record import Record
 from shards.errors import UserError
 
@@ -65,6 +66,18 @@ def test_other_ranks_write_nothing(tmp_path):
         record.evaluation(1, "val", {})
         record.flush()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_recipe_that_a_checkpoint_was_not_made_by():
+    kept = flatten(Recipe())
+    check_same_recipe(kept, Recipe(), "step-2")
+    del kept["loss"]
+    with pytest.raises(UserError) as error:
+        check_same_recipe(kept, Recipe(seed=3, loss="bce"), "step-2")
+    assert str(error.value).splitlines()[1:3] == [
+        "  - seed: 0 there, 3 now",
+        "  - loss: 'bce' now, and not known to the version that made it: go on with that one",
+    ]
 
 
 def test_outcomes(tmp_path):

@@ -148,6 +148,10 @@ def test_a_stage_whose_chain_ended(finished, tmp_path, capsys):
     (tmp_path / "outcome.json").write_text('{"outcome": "error", "step": 1, "reason": "the disk is full"}')
     code, entries = status_of(capsys, tmp_path)
     assert code == 1
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "outcome.json").write_text(json.dumps({"outcome": "error", "reason": "a\x1b[2Jb\nc"}))
+    assert main([str(tmp_path / "other")]) == 1
+    assert capsys.readouterr().out.splitlines()[1:3] == [r"  why     a\x1b[2Jb", "          c"]
     assert [entry["state"] for entry in entries] == ["error", "done", "error", "waiting"]
     assert entries[2]["why"] == "the disk is full"
     (tmp_path / "outcome.json").unlink()

@@ -26,6 +26,7 @@ from shards.plan import Plan, WindowShuffle, mixing_distance
 from shards.progress import Progress
 from shards.reader import Reader
 from shards.store import StoreError, StoreOptions, open_data
+from shards.text import one_line
 
 _MAX_LISTED = 20
 _MEASURED_BATCHES = 16
@@ -91,7 +92,7 @@ def _audit(arguments: argparse.Namespace) -> int:
     wrong = audit_plan(plan, arguments.epoch)
     if not arguments.plan_only:
         wrong += _replay(arguments, plan, layout, reader, budget.allows(plan.num_samples))
-    print("\n".join(f"wrong: {_line(text)}" for text in wrong) or "exact: nothing is wrong", flush=True)
+    print("\n".join(f"wrong: {one_line(text)}" for text in wrong) or "exact: nothing is wrong", flush=True)
     return 1 if wrong else 0
 
 
@@ -177,7 +178,7 @@ def _replay(arguments: argparse.Namespace, plan: Plan, layout: Layout, reader: I
         try:
             for step, rank, ids in came:
                 if arguments.keys:
-                    print("\n".join(f"{step} {rank} {_line(reader.key(sample))}" for sample in ids.tolist()))
+                    print("\n".join(f"{step} {rank} {one_line(reader.key(sample))}" for sample in ids.tolist()))
                 progress.advance(len(ids))
         except StoreError:
             raise
@@ -196,12 +197,7 @@ def _print_replayed(replay: Replay, allowed: int) -> None:
         f"bad: {len(replay.bad):,} different samples, {allowed:,} allowed"
     )
     for error in list(replay.bad.values())[:_MAX_LISTED]:
-        print(f"bad: {_line(f'{error.shard}: {error.key}: {error.reason}')}")
-
-
-def _line(text: str) -> str:
-    """Text from outside, without line breaks and control characters."""
-    return text if text.isprintable() else ascii(text)[1:-1]
+        print(f"bad: {one_line(f'{error.shard}: {error.key}: {error.reason}')}")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from shards.errors import UserError
 from shards.plan import evaluation_share
 from shards.progress import Progress
 from shards.store import StoreOptions
+from shards.text import one_line
 
 PRECISIONS = ("fp32", "bf16", "bf16-pure", "fp16")
 _MAX_LISTED = 20
@@ -121,7 +122,7 @@ def _watched(batches: Iterable[Batch], progress: Callable[[], AbstractContextMan
 
 def _print(options: argparse.Namespace, where: str, variants: Mapping[str, Checkpoint], scores: Scores) -> None:
     for error in scores.bad[:_MAX_LISTED]:
-        print(_line(f"unreadable, counted as wrong: {error.shard}: {error.key}: {error.reason}"), file=sys.stderr)
+        print(one_line(f"unreadable, counted as wrong: {error.shard}: {error.key}: {error.reason}"), file=sys.stderr)
     if options.json:
         print(json.dumps(_facts(options, where, variants, scores)))
     else:
@@ -145,8 +146,10 @@ def _facts(options: argparse.Namespace, where: str, variants: Mapping[str, Check
 def _table(where: str, variants: Mapping[str, Checkpoint], scores: Scores) -> Iterator[str]:
     asked, real = next(iter(variants.values())), scores.real
     for prefix, checkpoint in variants.items():
-        yield _line(f"{prefix.rstrip('_') or 'weights'}: {checkpoint.name}")
-    yield _line(f"data: {where}: {scores.num_samples:,} images, {scores.values['unreadable']:.0f} of them unreadable")
+        yield one_line(f"{prefix.rstrip('_') or 'weights'}: {checkpoint.name}")
+    yield one_line(
+        f"data: {where}: {scores.num_samples:,} images, {scores.values['unreadable']:.0f} of them unreadable"
+    )
     named = f", which {asked.named} names" if asked.classes and scores.matched == "name" else ""
     some = "all" if scores.classes == asked.num_classes else f"{scores.classes:,} of"
     yield f"classes: {some} the checkpoint's {asked.num_classes:,}{named}, matched by {scores.matched}"
@@ -161,11 +164,6 @@ def _table(where: str, variants: Mapping[str, Checkpoint], scores: Scores) -> It
 
 def _cell(name: str, value: float) -> str:
     return f"{value:12.4f}" if name == "loss" else f"{value:12.2%}"
-
-
-def _line(text: str) -> str:
-    """Text from outside, without line breaks and control characters."""
-    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 if __name__ == "__main__":

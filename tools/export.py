@@ -11,7 +11,8 @@ from pathlib import Path
 
 from pipeline.export import Formats, Licences, find, write
 from pipeline.export.hub import push
-from pipeline.export.source import UNKNOWN, VARIANTS
+from pipeline.export.source import UNKNOWN
+from pipeline.record import WEIGHTS
 from shards.errors import UserError
 
 
@@ -38,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("source", type=Path, metavar="RUN", help="a run's directory, a file of weights, or a checkpoint")
     add("out", type=Path, metavar="OUT", help="a new directory")
-    add("--weights", choices=VARIANTS, default="", help="default: ema, or model where no average was kept")
+    add("--weights", choices=WEIGHTS, default="", help="default: ema, or model where no average was kept")
     add("--onnx", action="store_true", help="also model.onnx, compared by onnxruntime")
     add("--torch-export", action="store_true", help="also model.pt2, a program of torch.export")
     unknown = f"for the model card (default: {UNKNOWN})"

@@ -32,6 +32,7 @@ from shards.errors import UserError
 from shards.files_reader import FilesReader
 from shards.progress import Progress
 from shards.reader import BadSample
+from shards.text import one_line
 
 FEW = 256  # images that are done before workers would have started
 WORKERS = 2
@@ -142,7 +143,7 @@ def _watched(batches: Iterable[Batch], progress: Progress | None, bad: list[BadS
     """The batches; what could not be read of them is named, and goes into `bad`."""
     for batch in batches:
         for error, _ in batch.bad:
-            print(f"{_line(error.key)}: cannot be read: {_line(error.reason)}", file=sys.stderr)
+            print(f"{one_line(error.key)}: cannot be read: {one_line(error.reason)}", file=sys.stderr)
             bad.append(error)
         yield batch
         if progress:
@@ -166,18 +167,13 @@ def _json_line(path: str, answer: Answer | BadSample) -> str:
 def _table_rows(path: str, answer: Answer) -> str:
     """A row a class: the probability, its name, and in the first the image."""
     rows = [_row(found) for found in answer.get("top", [answer])]
-    return "\n".join([f"{rows[0]}  {_line(path)}", *(row.rstrip() for row in rows[1:])])
+    return "\n".join([f"{rows[0]}  {one_line(path)}", *(row.rstrip() for row in rows[1:])])
 
 
 def _row(answer: Answer) -> str:
     name, words = answer["pred_class"], readable(answer["pred_class"])
-    shown = _line(f"{name} {words}" if words else name)
+    shown = one_line(f"{name} {words}" if words else name)
     return f"{answer['pred_score']:7.2%}  {shown[:SHOWN]:{SHOWN}}"
-
-
-def _line(text: str) -> str:
-    """Text from outside, without line breaks and control characters."""
-    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 if __name__ == "__main__":

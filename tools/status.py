@@ -27,6 +27,7 @@ from pipeline.status import (
 )
 from pipeline.status.words import clock, duration
 from shards.errors import UserError
+from shards.text import one_line
 
 Entry = dict[str, Any]
 
@@ -100,7 +101,7 @@ def _lines(entry: Entry) -> Iterator[str]:
 def _told(name: str, text: str) -> Iterator[str]:
     """A line for every one of the text's, the first under a name."""
     for number, line in enumerate(text.splitlines()):
-        yield f"  {'' if number else name:<7} {line}"
+        yield f"  {'' if number else name:<7} {one_line(line)}"
 
 
 def _figures(entry: Entry) -> dict[str, str]:

@@ -15,13 +15,11 @@ from pipeline.models.build import make_model
 from pipeline.models.load import check_start
 from pipeline.prepare import check
 from pipeline.recipe import Recipe
-from pipeline.record import decisive_fields, weights_path
+from pipeline.record import WEIGHTS, decisive_fields, read_recipe, weights_path
 from pipeline.trainer import fit
 from shards.errors import UserError
 from shards.index import Index
 from shards.store import StoreOptions, open_data
-
-VARIANTS = ("model", "ema", "best_model", "best_ema")
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,10 @@ class Train:
         return has_checkpoints(directory)
 
     def work(self, directory: Path, start: Path | None, world: World) -> str:
-        model = dataclasses.replace(self.recipe.model, start=str(start)) if start else self.recipe.model
+        path = str(start) if start else self.recipe.model.start
+        if start and self.has_state(directory):  # the hash of the weights was compared; the chain may have been moved
+            path = read_recipe(directory).model.start
+        model = dataclasses.replace(self.recipe.model, start=path)
         return fit(dataclasses.replace(self.recipe, run_dir=str(directory), model=model), world)
 
     def outputs(self, directory: Path) -> list[Path]:
@@ -81,8 +82,8 @@ class Train:
 
     def hands_over(self, directory: Path, variant: str) -> Path:
         averaged = bool(self.recipe.ema_decay)
-        if variant not in ("", *VARIANTS):
-            raise UserError(f"stage '{self.name}' has no weights '{variant}' to hand over: give one of {[*VARIANTS]}")
+        if variant not in ("", *WEIGHTS):
+            raise UserError(f"stage '{self.name}' has no weights '{variant}' to hand over: give one of {[*WEIGHTS]}")
         if variant.endswith("ema") and not averaged:
             raise UserError(
                 f"stage '{self.name}' keeps no average (ema_decay 0) to hand over: hand its model over, or keep one"

@@ -13,10 +13,9 @@ from pipeline.checkpoint.weights import read_weights
 from pipeline.models.build import trained_model
 from pipeline.models.load import read_weights as read_file
 from pipeline.recipe import Recipe
-from pipeline.record import RECIPE, read_metrics, read_recipe, recipe_of, run_of, weights_path
+from pipeline.record import RECIPE, read_metrics, read_outcome, read_recipe, recipe_of, run_of, weights_path
 from shards.errors import UserError
 
-VARIANTS = ("model", "ema", "best_model", "best_ema")
 UNKNOWN = "unknown"
 
 
@@ -34,10 +33,12 @@ class Source:
 
     @property
     def step(self) -> int | None:
-        """After how many steps they were taken, where that is known."""
+        """After how many steps they were taken, where that is known: those of a checkpoint then, the best at their
+        evaluation, the others at the end, which may be after the newest checkpoint."""
         if self.variant.startswith("best_") and self.evaluations:
             return self.evaluations[-1]["ema_best_step" if self.variant == "best_ema" else "best_step"]
-        return self.state.get("step")
+        outcome = read_outcome(self.run_dir) if self.path.is_file() else {}
+        return outcome["step"] if outcome.get("outcome") == "done" else self.state.get("step")
 
     @functools.cached_property
     def evaluations(self) -> list[dict]:
@@ -48,7 +49,7 @@ class Source:
 def find(path: Path, variant: str = "") -> Source:
     """The weights of a run directory, of a file of its weights/, or of a committed checkpoint of DDP or FSDP2.
 
-    variant: one of VARIANTS; "" takes the average where there is one. Raises UserError where there are none to export.
+    variant: one of WEIGHTS; "" takes the average where there is one. Raises UserError where there are none to export.
     """
     if path.is_file():
         return _of_file(path, variant)

@@ -1,6 +1,7 @@
 """A directory in timm's layout: model.safetensors, config.json, README.md, and other formats on request."""
 
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from math import floor, nextafter
@@ -42,8 +43,7 @@ def write(source: Source, out: Path, formats: Formats, licences: Licences) -> di
         raise UserError(f"{out} exists: an export is written whole, into a new directory; remove it or name another")
     if formats.onnx:
         check_onnx_installed()
-    aside = out.with_name(out.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     with explained(out):
         aside.mkdir(parents=True)
         try:

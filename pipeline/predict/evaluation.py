@@ -72,9 +72,11 @@ class Scores:
 
 
 def is_class_folders(location: str) -> bool:
-    """Whether that is a directory of class folders; whatever else it is has to be shards."""
+    """Whether that is taken for a directory of class folders; whatever else it is has to be shards. Tars alone are
+    shards that lack their index."""
     path = Path(location)
-    return path.is_dir() and not (path / MANIFEST).is_file() and not any(path.glob("*.tar"))
+    only_tars = any(path.glob("*.tar")) and not any(path.glob("[!.]*/"))
+    return path.is_dir() and not (path / MANIFEST).is_file() and not only_tars
 
 
 def open_images(location: str, split: str, asked: Checkpoint, options: StoreOptions) -> Images:

@@ -46,7 +46,7 @@ def write_features(asked: Checkpoint, batches: Iterable[Batch], paths: Sequence[
         parts.append({name: found[good].float().cpu() for name, found in pooled(asked, batch.images).items()})
     if not rows:
         raise UserError(f"--features {file}: none of the {len(paths)} images could be read; nothing was written")
-    heads = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    heads = {name: torch.cat([part.pop(name) for part in parts]) for name in [*parts[0]]}  # of one head twice at a time
     with atomic_file(file) as written:
         written.write(_encoded(file.suffix, heads, rows))
     return heads

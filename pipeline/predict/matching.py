@@ -1,5 +1,6 @@
 """Which of a checkpoint's classes those of some data are."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from pipeline.predict.checkpoint import Checkpoint
@@ -47,16 +48,15 @@ def _numbers(names: Sequence[str], asked: Checkpoint, where: str) -> list[int]:
             f"{where} has classes that are numbers, which count the labels of {asked.name} from 0 to "
             f"{asked.num_classes - 1}, and {len(beyond)} are beyond: {some(beyond)}; give data of the same classes"
         )
-    twice = [name for name, number in zip(names, numbers, strict=True) if numbers.count(number) > 1]
+    counts = Counter(numbers)
+    twice = [name for name, number in zip(names, numbers, strict=True) if counts[number] > 1]
     if twice:
         raise UserError(f"{where} has numbers for classes twice: {some(twice)}; put their images into one folder each")
     return numbers
 
 
 def _check_once(names: Sequence[str], asked: Checkpoint) -> None:
-    classes = list(asked.classes or ())
-    if len(set(classes)) == len(classes):
-        return
-    twice = [name for name in names if classes.count(name) > 1]
+    counts = Counter(asked.classes)
+    twice = [name for name in names if counts[name] > 1]
     if twice:
         raise UserError(f"{asked.name} has several classes of the same name: {some(set(twice))}; {_GIVE}")

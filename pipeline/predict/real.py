@@ -55,7 +55,10 @@ def read_real(path: Path, reader: MemberReader | FilesReader, asked: Checkpoint,
     lists = _parse(path)
     positions, _ = match(load_classes("1k"), asked, "ImageNet-1k, which --real is of,")
     start, stop = evaluation_share(len(reader), world.rank, world.size)
-    rows = [[positions[label] for label in lists[_number(reader, sample) - 1]] for sample in range(start, stop)]
+    rows = []
+    for sample in range(start, stop):
+        world.goes_on()  # names may lie in a slow store
+        rows.append([positions[label] for label in lists[_number(reader, sample) - 1]])
     with_labels = sum(bool(row) for row in rows)
     num_samples, num_left_out = map(int, world.sum([with_labels, len(rows) - with_labels]))
     if not num_samples:

@@ -42,7 +42,7 @@ def with_text(form: T, text: str, path: str) -> T:
     known, wrong = kinds(type(form)), []
     lines: dict[str, int] = {}
     given: dict[str, object] = {}
-    for name, node in _leaves(_compose(text, path)):
+    for name, node in _read(text, path):
         line = node.start_mark.line + 1
         if name not in known:
             wrong.append(f"line {line}: {_unknown(name, known)}")
@@ -87,18 +87,20 @@ def expected(kind: Any) -> str:
     return text if core is kind else f"{text}, or null"
 
 
-def _compose(text: str, path: str) -> yaml.Node:
-    """The text's mapping, with the line of every value."""
+def _read(text: str, path: str) -> list[tuple[str, yaml.Node]]:
+    """The names that the text gives, and their values, which know their lines."""
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if isinstance(node, yaml.MappingNode):
+            return list(_leaves(node))
     except yaml.YAMLError as error:
         raise _unreadable(path, error) from error
-    if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"{path} holds no fields of a recipe: give some as 'data.path: DIRECTORY', each on its line")
-    return node
+    except RecursionError as error:
+        raise _unreadable(path, "it nests without end, as by an alias within what it stands for") from error
+    raise UserError(f"{path} holds no fields of a recipe: give some as 'data.path: DIRECTORY', each on its line")
 
 
-def _unreadable(path: str, error: Exception) -> UserError:
+def _unreadable(path: str, error: object) -> UserError:
     return UserError(
         f"{path} cannot be read as a recipe ({error}): give YAML or JSON as --print prints it, or a run's recipe.json"
     )
@@ -116,13 +118,15 @@ def _leaves(mapping: yaml.Node, prefix: str = "") -> Iterator[tuple[str, yaml.No
 def _value(node: yaml.Node, kind: Any) -> object:
     """Raises ValueError where the field's type takes no such value."""
     core = _core(kind)
-    if node.tag == f"{_TAG}null" and core is not kind:
+    if node.tag == f"{_TAG}null":
+        if core is kind:  # also of text: "null" is hardly meant for a path or a project
+            raise ValueError
         return None
     items = node.value if isinstance(node, yaml.SequenceNode) else [node]
     is_list = get_origin(core) is tuple
     if is_list != isinstance(node, yaml.SequenceNode) or not all(isinstance(item, yaml.ScalarNode) for item in items):
         raise ValueError
-    if core is str and node.tag != f"{_TAG}null":
+    if core is str:
         return node.value
     if core is bool and node.tag == f"{_TAG}bool":
         return yaml.safe_load(node.value)

@@ -7,7 +7,7 @@ from pipeline.record.classes import CLASSES, keep_classes, read_classes
 from pipeline.record.metrics import METRICS, kept_metrics, last_evaluation, last_step, read_metrics
 from pipeline.record.outcome import EXIT_CODES, EXIT_USER_ERROR, OUTCOME, forget_outcome, read_outcome, write_outcome
 from pipeline.record.recipes import RECIPE, check_same_recipe, decisive_fields, keep_recipe, read_recipe, recipe_of
-from pipeline.record.run_dir import LOGS, check_writable, code_version, run_of, weights_path
+from pipeline.record.run_dir import LOGS, WEIGHTS, check_writable, code_version, run_of, weights_path
 
 __all__ = [
     "CLASSES",
@@ -17,6 +17,7 @@ __all__ = [
     "METRICS",
     "OUTCOME",
     "RECIPE",
+    "WEIGHTS",
     "check_same_recipe",
     "check_writable",
     "code_version",

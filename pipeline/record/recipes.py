@@ -61,7 +61,9 @@ def decisive_fields(recipe: Recipe) -> dict[str, object]:
 def check_same_recipe(kept: dict[str, object], recipe: Recipe, where: object) -> None:
     """Raises UserError where `where`, made by the flattened recipe `kept`, is not what `recipe` would make."""
     changed = [
-        f"{name}: {kept.get(name)!r} there, {value!r} now"
+        f"{name}: {kept[name]!r} there, {value!r} now"
+        if name in kept
+        else f"{name}: {value!r} now, and not known to the version that made it: go on with that one"
         for name, value in decisive_fields(recipe).items()
         if kept.get(name) != value
     ]

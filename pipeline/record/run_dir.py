@@ -8,6 +8,8 @@ from shards.errors import UserError
 
 LOGS = "logs"
 """Below a run's directory: what its ranks printed."""
+WEIGHTS = ("model", "ema", "best_model", "best_ema")
+"""What a run leaves: the first two at its end, the best ones on the way; those with "ema" are averages."""
 
 
 def check_writable(run_dir: Path) -> None:
@@ -21,7 +23,7 @@ def check_writable(run_dir: Path) -> None:
 
 
 def weights_path(run_dir: Path, name: str) -> Path:
-    """Where a run leaves its weights; name: "model" or "ema" at its end, "best_model" or "best_ema" on the way."""
+    """Where a run leaves its weights; name: one of WEIGHTS."""
     return run_dir / "weights" / f"{name}.safetensors"
 
 

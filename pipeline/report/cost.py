@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from pipeline.record import read_recipe, weights_path
+from pipeline.record import WEIGHTS, read_recipe, weights_path
 from pipeline.status import Facts, progress_of, seconds_of
 from pipeline.status.files import number, read_object
 from pipeline.status.progress import global_batch
@@ -17,7 +17,6 @@ from pipeline.status.writer import last_attempt
 from pipeline.telemetry.flops import FORWARDS_A_STEP, forward_flops
 from shards.errors import UserError
 
-WEIGHTS = ("model", "ema", "best_model", "best_ema")
 STATE = "state.json"
 
 
