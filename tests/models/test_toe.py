@@ -111,7 +111,7 @@ def test_equals_are_taken_by_their_order():
     x[0, 7] = torch.tensor([0.0, 4.0])  # as like 4 as 5 and 6 are
     tokens, indices = TokenExpansion((0,), (0.5,), 0.25, 1, num_prefix_tokens=0)(x)
     assert indices.tolist() == [[0, 4, 1, 2]]
-    assert tokens[0].tolist() == [[1, 0], [0, 2], [1, 0], [1, 0]]
+    assert tokens[0].tolist() == [[1, 0], [0, 1.75], [1, 0], [1, 0]]
 
 
 def test_distances_do_what_they_say():
