@@ -194,15 +194,22 @@ def make_shuffle(recipe: Recipe, index: Index) -> Shuffle:
 
 
 def make_schedule(recipe: Recipe, batches_per_epoch: int) -> tuple[WarmupCosine, Durations]:
-    """Raises UserError where the warm-up does not end before the training does."""
+    """Raises UserError where warm-up and cool-down leave nothing of the training between them."""
     section, global_batch = recipe.schedule, recipe.data.global_batch
     total = num_steps(section.length, batches_per_epoch, global_batch)
     warmup = num_steps(section.warmup, batches_per_epoch, global_batch, total)
-    if total < 1 or warmup >= total:
+    cooldown = num_steps(section.cooldown, batches_per_epoch, global_batch, total)
+    if total < 1 or warmup + cooldown >= total:
+        cooling = f" and schedule.cooldown '{section.cooldown}' {cooldown}" if cooldown else ""
         raise UserError(
-            f"schedule.warmup '{section.warmup}' is {warmup} steps, but schedule.length '{section.length}' is only "
-            f"{total} ({batches_per_epoch} steps an epoch): the learning rate would never be reached; train longer or "
-            "warm up less"
+            f"schedule.warmup '{section.warmup}' is {warmup} steps{cooling}, but schedule.length '{section.length}' is "
+            f"only {total} ({batches_per_epoch} steps an epoch): the learning rate would never be reached; train "
+            f"longer or warm up {'or cool down ' if cooldown else ''}less"
+        )
+    if section.cooldown_lr and not cooldown:
+        raise UserError(
+            f"schedule.cooldown_lr {section.cooldown_lr} would never be reached: schedule.cooldown "
+            f"'{section.cooldown}' is 0 steps; give it a length, or leave the rate at 0"
         )
 
     def steps(duration: str) -> int:
@@ -211,7 +218,9 @@ def make_schedule(recipe: Recipe, batches_per_epoch: int) -> tuple[WarmupCosine,
     durations = Durations(
         total, steps(recipe.runtime.log_every), steps(recipe.checkpoint.every), steps(recipe.evaluation.every)
     )
-    return WarmupCosine(section.lr, section.warmup_lr, section.min_lr, warmup, total), durations
+    hold = batches_per_epoch if section.cosine_per == "epoch" else 1
+    rates, cooldown_lr = (section.lr, section.warmup_lr, section.min_lr), section.cooldown_lr if cooldown else None
+    return WarmupCosine(*rates, warmup, total - cooldown, hold, cooldown_lr), durations
 
 
 def make_learner(recipe: Recipe, world: World, model: nn.Module, schedule: WarmupCosine, num_evaluated: int) -> Learner:

@@ -6,6 +6,7 @@ from shards.errors import UserError
 
 MAGNITUDES = {"torchvision": 30, "timm-increasing": 10}
 """The largest of each of RandAugment's policies."""
+MAY_BE_ZERO = ("schedule.warmup", "schedule.cooldown")
 UNITS = ("epochs", "steps", "images", "%")
 
 
@@ -55,6 +56,7 @@ def _duration_errors(recipe: Recipe) -> list[str]:
     durations = {
         "schedule.length": recipe.schedule.length,
         "schedule.warmup": recipe.schedule.warmup,
+        "schedule.cooldown": recipe.schedule.cooldown,
         "evaluation.every": recipe.evaluation.every,
         "checkpoint.every": recipe.checkpoint.every,
         "runtime.log_every": recipe.runtime.log_every,
@@ -68,7 +70,7 @@ def _duration_errors(recipe: Recipe) -> list[str]:
             continue
         if name == "schedule.length" and unit == "%":
             found.append(f"{name} '{duration}': a percentage of itself; give epochs, steps or images")
-        if name != "schedule.warmup" and number == 0:
+        if name not in MAY_BE_ZERO and number == 0:
             found.append(f"{name} '{duration}': must be above 0")
     return found
 
@@ -92,6 +94,7 @@ def _range_errors(recipe: Recipe) -> list[str]:
         "schedule.lr",
         "schedule.warmup_lr",
         "schedule.min_lr",
+        "schedule.cooldown_lr",
         "optimizer.eps",
         "optimizer.weight_decay",
         "optimizer.clip_norm",

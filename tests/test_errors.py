@@ -179,7 +179,7 @@ def test_a_clock_that_goes_backwards(finished, start, tmp_path):
     leaves, whole = json.loads((run / "recipe.json").read_text()), ranks.metrics(run)
     names = ("data.path", "data.global_batch", "augment.image_size", "model.embed_dim", "model.start")
     options = ["--debug", "--run-dir", str(run), "--data.workers", "0", "--schedule.length", "8 steps"]
-    for name in (*names, "evaluation.batch"):
+    for name in (*names, "evaluation.batch", "evaluation.crop_pct"):
         options += [f"--{name}".replace("_", "-"), str(leaves[name])]
     shutil.rmtree(run / "checkpoints" / "step-00000008")
     for path in run.rglob("*"):

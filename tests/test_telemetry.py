@@ -21,6 +21,7 @@ from pipeline.backend.tracking import check_installed, open_trackers
 from pipeline.prepare import prepare
 from pipeline.recipe import Augment, Model, Recipe
 from pipeline.telemetry.flops import forward_flops
+from pipeline.telemetry.pictures import AugmentedSamples, sheet
 from pipeline.telemetry.profile import Profile
 from pipeline.trainer import fit, leave
 from shards.errors import UserError
@@ -227,3 +228,16 @@ def test_flops(model, macs):
 def test_pictures_show_what_the_model_is_given():
     images = torch.arange(256, dtype=torch.uint8).repeat(3, 3).reshape(1, 3, 16, 48)
     assert (denormalise(normalise(images)) == images).all()
+
+
+def test_samples_are_named_by_the_shares_that_are_worth_it():
+    """Smoothing gives every class some; of a thousand classes too little to be told."""
+    targets = torch.full((2, 1000), 1e-4)
+    targets[0, 3], targets[1, 3], targets[1, 7] = 0.9, 0.6, 0.3
+    images, shown = torch.zeros(2, 3, 8, 8), []
+    samples = AugmentedSamples(lambda *given: shown.append(given), [f"c{label}" for label in range(1000)], every=1)
+    samples(1, (images, targets))
+    pixels = denormalise(images).permute(0, 2, 3, 1).numpy()
+    ((step, name, picture),) = shown
+    assert (step, name) == (1, "samples")
+    np.testing.assert_array_equal(picture, sheet(pixels, ["0.90 c3", "0.60 c3\n0.30 c7"]))

@@ -8,13 +8,13 @@ import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN
-from timm.data.auto_augment import _LEVEL_DENOM, _RAND_INCREASING_TRANSFORMS, LEVEL_TO_ARG, NAME_TO_OP
+from timm.data.auto_augment import _LEVEL_DENOM, _RAND_INCREASING_TRANSFORMS, LEVEL_TO_ARG, NAME_TO_OP, posterize
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.autoaugment import RandAugment, _apply_op
 
@@ -25,7 +25,6 @@ RANDAUGMENT_BINS = 31
 FILL = tuple(round(255 * mean) for mean in IMAGENET_DEFAULT_MEAN)
 WARPS = {"Rotate": 30.0, "ShearX": 0.3, "ShearY": 0.3, "TranslateXRel": 0.45, "TranslateYRel": 0.45}
 ENHANCEMENTS = ("ColorIncreasing", "ContrastIncreasing", "BrightnessIncreasing", "SharpnessIncreasing")
-POSTERIZE = "PosterizeIncreasing"
 SMALLEST_DRAW = 2.0**-54  # in place of 0, of which the normal distribution has no quantile
 
 
@@ -143,14 +142,16 @@ class TimmIncreasing:
     def _apply(self, image: Image.Image, operations: Iterable[tuple[str, tuple[float, ...]]]) -> Image.Image:
         resample = Image.Resampling[self.interpolation.upper()]
         for name, values in operations:
-            operation = _posterize if name == POSTERIZE else NAME_TO_OP[name]
-            image = operation(image, *values, fillcolor=FILL, resample=resample)
+            image = OPERATIONS[name](image, *values, fillcolor=FILL, resample=resample)
         return image
 
 
-def _posterize(image: Image.Image, bits: int, **options: object) -> Image.Image:
-    """timm's asks for no bits at all where a magnitude is cut to 10: black, until Pillow began to refuse it (13 does)."""
-    return NAME_TO_OP[POSTERIZE](image, bits, **options) if bits else Image.new("RGB", image.size)
+def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
+    """timm's asks for no bits at all where a magnitude is cut to 10: black, until Pillow refused that (13 does)."""
+    return posterize(image, bits) if bits else Image.new("RGB", image.size)
+
+
+OPERATIONS: dict[str, Any] = NAME_TO_OP | {"PosterizeIncreasing": _posterize}
 
 
 def arguments(name: str, level: float, negative: bool) -> tuple[float, ...]:

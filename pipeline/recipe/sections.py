@@ -128,6 +128,12 @@ class Schedule:
     """Learning rate of the first step, where there is a warm-up."""
     min_lr: float = 1e-7
     """Learning rate at the end of the cosine, and after it."""
+    cosine_per: Literal["step", "epoch"] = "step"
+    """How often the cosine moves."""
+    cooldown: str = "0 steps"
+    """The last part of the length, after the cosine: a number of epochs, steps or images, or a percentage of it."""
+    cooldown_lr: float = 0.0
+    """Learning rate there."""
 
 
 @dataclass(frozen=True)

@@ -55,9 +55,10 @@ class AugmentedSamples:
         self.show(done, "samples", sheet(denormalise(images).permute(0, 2, 3, 1).cpu().numpy(), names))
 
     def _name(self, shares: Tensor) -> str:
-        """The classes of a sample; with their shares where it is mixed."""
+        """The classes of a sample; with their shares, in hundredths, where it is mixed or smoothed."""
         found = shares.topk(min(2, len(shares)))
-        parts = [(self.classes[label], share) for share, label in zip(*map(Tensor.tolist, found), strict=True) if share]
+        parts = [(self.classes[label], share) for share, label in zip(*map(Tensor.tolist, found), strict=True)]
+        parts = [(name, share) for name, share in parts if round(share, 2)]
         return "\n".join(name if share == 1 else f"{share:.2f} {name}" for name, share in parts)
 
 

@@ -137,7 +137,7 @@ def test_a_run_goes_on_from_the_newest_that_is_whole_and_never_from_nothing(fini
     leaves = json.loads((run / "recipe.json").read_text())
     options = ["--debug", "--run-dir", str(run), "--data.workers", "0", "--schedule.length", "8 steps"]
     names = ("data.path", "data.global_batch", "augment.image_size", "model.embed_dim", "model.start")
-    for name in (*names, "evaluation.batch"):
+    for name in (*names, "evaluation.batch", "evaluation.crop_pct"):
         options += [f"--{name}".replace("_", "-"), str(leaves[name])]
     whole, kept = ranks.metrics(run), run / "checkpoints"
     truncate(kept / "step-00000008" / "engine" / "__0_0.distcp")
