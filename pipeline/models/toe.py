@@ -67,18 +67,19 @@ class TokenExpansion(nn.Module):
 
         Raises UserError where N tokens are too few to begin with.
         """
-        if not self.is_on:
-            return tokens, None
+        return self._expand(tokens) if self.is_on else (tokens, None)
+
+    def _expand(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Apart from `forward`, which without a tensor's operation is nothing to compile: dynamo then takes this."""
         apart = self.num_prefix_tokens, self.num_suffix_tokens
         num_tokens = tokens.shape[1] - sum(apart)
-        prefix, patches, suffix = tokens.split((apart[0], num_tokens, apart[1]), dim=1)
+        sizes = (apart[0], num_tokens, apart[1])
+        prefix, patches, suffix = tokens.split(sizes, dim=1)
         with _full_precision(tokens.device):
             selected, target = _select(patches, schedule(num_tokens, self.options, self.stage), self.options.distance)
             merged = _merge(patches, target, selected.shape[1])
-        places = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
-        first, _, last = places.split((apart[0], num_tokens, apart[1]), dim=1)
-        indices = torch.cat((first, selected + apart[0], last), dim=1)
-        return torch.cat((prefix, merged, suffix), dim=1), indices
+        first, _, last = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1).split(sizes, dim=1)
+        return torch.cat((prefix, merged, suffix), dim=1), torch.cat((first, selected + apart[0], last), dim=1)
 
 
 class Schedule(NamedTuple):
@@ -192,10 +193,10 @@ def expand_tokens(model: nn.Module, expansion: TokenExpansion) -> nn.Module:
 
     Raises UserError for models that cannot do with fewer tokens, and where the tokens apart are others than the model's.
 
-    The place is a hook before layer 1: names of weights stay, and whoever calls the layers meets it. What wraps layers
-    comes inside of it: a layer that is computed twice keeps the expanded tokens, so that they are selected once; a
-    compiled one has the selection in its graph; and what FSDP2 and ZeRO hook to a layer's inputs is before or behind
-    all of it. Where timm checkpoints blocks from without, the selection is made twice, and is the same.
+    The place is a hook before layer 1: names of weights stay, and whoever calls the layers meets it. What wraps a layer
+    comes inside of it: a layer that is computed twice keeps the expanded tokens, so that they are selected once; of
+    compiled layers the selection is one graph more a stage; what FSDP2 and ZeRO do before a layer is done before or
+    behind all of it. Where timm checkpoints blocks from without, the selection is made twice, and is the same.
     """
     layers, position, num_tokens = _process(model) if isinstance(model, ViTTM) else _blocks(model)
     _check(model, expansion, len(layers))
