@@ -6,6 +6,7 @@ Shapes: B batch, N tokens of patches, K those that are kept, n those that a roun
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from math import inf, prod
 from typing import NamedTuple
 
@@ -187,11 +188,48 @@ class _Before:
         return (*inputs[: self.position], tokens, *inputs[self.position + 1 :])
 
 
+@dataclass(frozen=True)
+class TokenStages:
+    """Tells an expansion at which step the training is. Without one (no stages) it does nothing."""
+
+    expansion: TokenExpansion
+    batches_per_epoch: int
+
+    @classmethod
+    def of(cls, options: Options, model: nn.Module, batches_per_epoch: int) -> "TokenStages":
+        """Puts the expansion, where the recipe has one, into `model`. Raises UserError as `expand_tokens` does."""
+        fields = vars(options)
+        expansion = TokenExpansion(**fields, num_prefix_tokens=getattr(model, "num_prefix_tokens", 0))
+        if options.steps:
+            expand_tokens(model, expansion)
+        return cls(expansion, batches_per_epoch)
+
+    def __call__(self, step: int) -> None:
+        """The next step to train, counted from 0."""
+        self.expansion.set_epoch(step // self.batches_per_epoch)
+
+    def check(self, total: int) -> None:
+        """Raises UserError where a training of so many steps ends before the last stage begins."""
+        steps, each = self.expansion.options.steps, self.batches_per_epoch
+        if steps and steps[-1] * each >= total:
+            raise UserError(
+                f"token_expansion.steps {steps}: the stage of epoch {steps[-1]} would never begin, as schedule.length "
+                f"is {total} steps, {each} an epoch: train longer, or begin it earlier"
+            )
+
+    def parts(self, start: int, total: int) -> list[tuple[int, int]]:
+        """What is left between these steps, as (first step, number of steps) of each stage."""
+        begins = [epoch * self.batches_per_epoch for epoch in self.expansion.options.steps]
+        bounds = [start, *(step for step in begins if start < step < total), total]
+        return [(first, last - first) for first, last in pairwise(bounds)]
+
+
 def expand_tokens(model: nn.Module, expansion: TokenExpansion) -> nn.Module:
     """The model, timm's ViT or DeiT or a ViTTM (whose process tokens are expanded), with `expansion` between its first
     and its second layer; it follows the model's train() and eval(). In place, and before the model is wrapped.
 
-    Raises UserError for models that cannot do with fewer tokens, and where the tokens apart are others than the model's.
+    Raises UserError for models that cannot do with fewer tokens, and where it leaves other tokens alone than the model
+    has apart.
 
     The place is a hook before layer 1: names of weights stay, and whoever calls the layers meets it. What wraps a layer
     comes inside of it: a layer that is computed twice keeps the expanded tokens, so that they are selected once; of
@@ -221,8 +259,9 @@ def _process(model: ViTTM) -> tuple[nn.ModuleList, int, int]:
     """The same of ViTTM."""
     if model.sized_by:
         raise UserError(
-            f"token expansion changes the number of process tokens, but {model.sized_by} owns weights sized by it: take "
-            "rw_head_type lin, ca, la or lca with fusion_type residual or erase, or leave token_expansion.steps empty."
+            f"token expansion changes the number of process tokens, but {model.sized_by} owns weights sized by it: "
+            "take rw_head_type lin, ca, la or lca with fusion_type residual or erase, or leave "
+            "token_expansion.steps empty."
         )
     return model.layers, 1, prod(model.grids[1])
 

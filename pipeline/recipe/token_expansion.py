@@ -11,8 +11,8 @@ DISTANCES = ("cosine", "manhattan", "euclidean")
 @dataclass(frozen=True)
 class TokenExpansion:
     steps: tuple[int, ...] = ()
-    """ToE, token expansion, for ViT, DeiT and ViTTM: epochs, counted from 0, each of which begins a stage that trains on
-    more tokens; empty: off."""
+    """ToE, token expansion, for ViT, DeiT and ViTTM: epochs, counted from 0, each of which begins a stage that trains
+    on more tokens; empty: off."""
     keep_rates: tuple[float, ...] = ()
     """Share of the patches' tokens that each stage keeps; 1 all, without a selection."""
     initial_keep_rate: float = 0.25

@@ -95,8 +95,12 @@ def test_equals_the_specification(seed):
 
 @pytest.mark.parametrize(
     ("rates", "first", "numbers"),
-    [((0.5, 0.75, 1.0), 0.25, (99, 148, 197)), ((0.4, 0.7, 1.0), 0.2, (79, 137, 197)), ((0.6, 0.8, 1.0), 0.3, (117, 156, 197))],
-)  # fmt: skip
+    [
+        ((0.5, 0.75, 1.0), 0.25, (99, 148, 197)),
+        ((0.4, 0.7, 1.0), 0.2, (79, 137, 197)),
+        ((0.6, 0.8, 1.0), 0.3, (117, 156, 197)),
+    ],
+)
 def test_numbers_of_the_published_settings(rates, first, numbers):
     expansion = TokenExpansion((0, 100, 200), rates, first, 2)
     x = torch.randn(1, 197, 4)

@@ -166,7 +166,7 @@ def test_autocast_leaves_the_stream_as_it_is():
     expansion = TokenExpansion(**STAGES)
     x = torch.randn(1, 17, 48)
     with torch.autocast("cpu", torch.bfloat16):
-        tokens, indices = expansion(x)
+        tokens, _ = expansion(x)
     alone = [token for token in tokens[0] if (x[0] == token).all(dim=1).any()]
     assert tokens.dtype == torch.float32
     assert len(alone) > 1
@@ -184,7 +184,8 @@ REFUSED = {
     "twice": (lambda: expand_tokens(expanded("vit"), TokenExpansion(**STAGES)), "has a token expansion already"),
     "one block": (lambda: expand_tokens(timm.create_model("vit_tiny_patch16_224", depth=1), TokenExpansion(**STAGES)),
                   "the model's depth is 1"),
-    "too few tokens": (lambda: expanded("vittm", initial_keep_rate=0.01), "initial_keep_rate 0.01 of 16 tokens is none"),
+    "too few tokens": (lambda: expanded("vittm", initial_keep_rate=0.01),
+                       "initial_keep_rate 0.01 of 16 tokens is none"),
 }  # fmt: skip
 
 
