@@ -28,6 +28,7 @@ from pipeline.evaluate import Evaluator, Variants, head_names
 from pipeline.footprint import check_room, measure
 from pipeline.loss import SummedOverHeads
 from pipeline.models.build import give_start, make_model
+from pipeline.models.toe import TokenStages
 from pipeline.optim import WarmupCosine
 from pipeline.recipe import Recipe, flatten
 from pipeline.record import check_same_recipe, check_writable, keep_classes, keep_recipe, kept_metrics
@@ -35,7 +36,7 @@ from pipeline.record.attempts import Setting, hardware
 from pipeline.record.record import Record
 from pipeline.run import Durations, Input, Learner, Run, Telemetry
 from pipeline.telemetry.figures import Figures
-from pipeline.telemetry.flops import forward_flops, peak_flops
+from pipeline.telemetry.flops import NO_FLOPS, Flops, peak_flops
 from pipeline.telemetry.norms import GradientNorms
 from pipeline.telemetry.pictures import AttentionMaps, AugmentedSamples, has_maps, no_maps, no_samples
 from pipeline.telemetry.profile import Profile
@@ -81,7 +82,9 @@ def prepare(recipe: Recipe, world: World) -> Run:
         if world.is_main:
             print(started, flush=True)
     footprint = measure(recipe, model)  # before it is sharded
-    learner = make_learner(recipe, world, model, schedule, len(given.validation.reader))
+    tokens = TokenStages.of(recipe.token_expansion, model, given.stream.plan.batches_per_epoch)
+    tokens.check(durations.total)
+    learner = make_learner(recipe, world, model, schedule, tokens, len(given.validation.reader))
     free = world.from_main(shutil.disk_usage(run_dir).free)
     check_room(footprint.checkpoint(learner.backend.name), free, run_dir)
     record = make_record(recipe, world, index, learner)
@@ -120,6 +123,7 @@ def begin(run: Run, newest: Path | None) -> None:
         restore(run, newest)
     run.quarantine.resume(run.progress.start)
     run.skips.resume(run.progress.start)
+    run.learner.tokens(run.progress.start)
     run.world.reach("warming up")
     run.learner.backend.warm_up(run.learner.criterion, _blank(run))
 
@@ -223,7 +227,14 @@ def make_schedule(recipe: Recipe, batches_per_epoch: int) -> tuple[WarmupCosine,
     return WarmupCosine(*rates, warmup, total - cooldown, hold, cooldown_lr), durations
 
 
-def make_learner(recipe: Recipe, world: World, model: nn.Module, schedule: WarmupCosine, num_evaluated: int) -> Learner:
+def make_learner(
+    recipe: Recipe,
+    world: World,
+    model: nn.Module,
+    schedule: WarmupCosine,
+    tokens: TokenStages,
+    num_evaluated: int,
+) -> Learner:
     section = recipe.optimizer
     names = head_names(model)
     groups = optim.group(model, section.layer_decay, section.decay)
@@ -232,7 +243,7 @@ def make_learner(recipe: Recipe, world: World, model: nn.Module, schedule: Warmu
     ema = EMA(backend, recipe.ema_decay) if recipe.ema_decay else None
     variants: Variants = {"": nullcontext} | ({"ema_": ema.swap} if ema else {})
     evaluator = Evaluator(backend, names, variants, num_evaluated)
-    return Learner(backend, SummedOverHeads(recipe.loss), schedule, ema, evaluator)
+    return Learner(backend, SummedOverHeads(recipe.loss), schedule, tokens, ema, evaluator)
 
 
 def make_record(recipe: Recipe, world: World, index: Index, learner: Learner) -> Record:
@@ -245,7 +256,7 @@ def make_record(recipe: Recipe, world: World, index: Index, learner: Learner) ->
 def make_figures(recipe: Recipe, index: Index, learner: Learner) -> Figures:
     world = learner.backend.world
     peak = peak_flops(recipe, world.device)
-    flops = forward_flops(recipe, index.num_classes, make_layout(recipe, world).sizes[-1]) if peak else 0.0
+    flops = Flops.of(recipe, index.num_classes, make_layout(recipe, world).sizes[-1]) if peak else NO_FLOPS
     return Figures(world, flops, peak, GradientNorms(learner.backend) if recipe.runtime.norms else None)
 
 

@@ -15,6 +15,7 @@ from pipeline.data.stream import TrainStream
 from pipeline.divergence import Skips, Spikes
 from pipeline.ema import EMA
 from pipeline.evaluate import Evaluator
+from pipeline.models.toe import TokenStages
 from pipeline.optim import WarmupCosine
 from pipeline.recipe import Recipe
 from pipeline.record import code_version
@@ -51,6 +52,7 @@ class Learner:
     backend: Backend
     criterion: Criterion
     schedule: WarmupCosine
+    tokens: TokenStages
     ema: EMA | None
     evaluator: Evaluator
 

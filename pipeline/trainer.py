@@ -77,6 +77,7 @@ def train(run: Run) -> str:
             micro_batches = fetch(run, batches, step + 1)
             if micro_batches is None:
                 return stop(run, step)
+            learner.tokens(step)
             learner.backend.set_lr(learner.schedule(step))
             mixed, done = [run.input.augment(batch) for batch in micro_batches], step + 1
             run.telemetry.samples(done, mixed[0])

@@ -30,6 +30,7 @@ def validate(recipe: Recipe) -> None:
         *_range_errors(recipe),
         *_augment_errors(recipe.augment),
         *_start_errors(recipe),
+        *_expansion_errors(recipe),
     ]
     if found:
         raise UserError("the recipe cannot run:\n" + "\n".join(f"  - {message}" for message in found))
@@ -158,6 +159,21 @@ def _start_errors(recipe: Recipe) -> list[str]:
         found.append(
             f"model.init_weights '{init_weights}' would not be looked at while model.init_from is none: set that to "
             "blocks or blocks+flexi, or give a whole checkpoint as model.start"
+        )
+    return found
+
+
+def _expansion_errors(recipe: Recipe) -> list[str]:
+    section, length = recipe.token_expansion, recipe.schedule.length
+    found = [f"token_expansion.{error}" for error in section.errors()]
+    try:
+        epochs, unit = _split_duration(length)
+    except UserError:  # is among the errors
+        return found
+    if unit == "epochs" and section.steps and max(section.steps) >= epochs:
+        found.append(
+            f"token_expansion.steps {section.steps}: the stage of epoch {max(section.steps)} would never begin, as "
+            f"schedule.length is '{length}', counted from 0: train longer, or begin it earlier"
         )
     return found
 

@@ -72,9 +72,24 @@ def test_it_appends_a_line(tmp_path):
         assert f"test_vit, {kind}" in ended.outputs[0]
 
 
+@pytest.mark.soak
+def test_stages_of_token_expansion_are_compared_with_all_tokens(tmp_path):
+    output = tmp_path / "figures.jsonl"
+    arguments = ["--models", "deit_tiny_patch16_224", "--batch", "4", "--threads", "2", "--turns", "3"]
+    arguments += ["--keep-rates", "0.5", "1", "--output", str(output)]
+    ended = ranks.run_function(bench_step.main, (arguments,), tmp_path / "logs", 1).wait()
+    assert ended.codes == [0], ended.outputs
+    found = json.loads(output.read_text())["summary"]["deit_tiny_patch16_224"]
+    print(ended.outputs[0])
+    assert found["keep 0.5"]["ratio"] < 0.75 < found["keep 1"]["ratio"] < 1.25
+    assert found["faster"] == pytest.approx(2 / (found["keep 0.5"]["ratio"] + found["keep 1"]["ratio"]), rel=1e-3)
+    assert found["keep 0.5"]["memory_ratio"] < found["keep 1"]["memory_ratio"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--keep-rates", "0.2"], "--keep-rates [0.2]: each must be above 0.25, which is what it begins with"),
         (["--turns", "0"], "turns and steps are [16, 1, 0, 1]: each must be at least 1"),
         pytest.param(
             ["--device", "cuda"],

@@ -8,6 +8,10 @@ are those of single turns. Peaks of memory are measured with each side in a proc
 allocated, on the CPU how much the resident size grows. MFU is 3 times the forward pass's FLOPs over the step and
 --peak-tflops.
 
+With --keep-rates ours trains on such shares of the tokens by token expansion, theirs on all: a stage of ToE a row, each
+without an average, and "faster" is how much that makes stages of one length together. DeiT-S in its stages:
+--models deit_small_patch16_224 --keep-rates 0.5 0.75 1
+
 Prints a table, and appends a JSON line. On a GPU, beside timm's ViT of the same size:
 --device cuda --models vittm_base vit_base_patch16_224 --precision bf16 --compile inductor --batch 256 --steps 10
 --peak-tflops 989
@@ -41,7 +45,7 @@ from tools.step_sides import Bare, Settings, Turns, make_batch, peak, reset_peak
 
 PACKAGES = ("torch", "timm", "accelerate")
 MODELS = ("vittm_small", "vit_small_patch16_224")
-KINDS = {"plain": False, "ema": True}
+KINDS: dict[str, dict[str, Any]] = {"plain": {"averaged": False}, "ema": {"averaged": True}}
 PEAK_STEPS = 2
 # Blocks above it go back to the system when they are freed, so that the resident size is what is in use.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 18), "MALLOC_ARENA_MAX": "1"}
@@ -88,12 +92,17 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="N",
         help="of a turn (default: 1; on a GPU take 10)",
     )
+    add("--keep-rates", nargs="+", type=float, default=[], metavar="R", help="of tokens, above 0.25, to 1")
     add("--peak-tflops", type=float, metavar="T", help="of the device: gives MFU (an H100's bf16: 989)")
     add("--output", type=Path, default=ROOT / "benchmarks/step.jsonl", metavar="FILE")
     options = parser.parse_args(arguments)
     numbers = [options.batch, options.threads, options.turns, options.steps]
     if min(numbers) < 1:
         parser.error(f"batch, threads, turns and steps are {numbers}: each must be at least 1")
+    if not all(0.25 < rate <= 1 for rate in options.keep_rates):
+        parser.error(
+            f"--keep-rates {options.keep_rates}: each must be above 0.25, which is what it begins with, and at most 1"
+        )
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda, but torch finds no CUDA device here: leave --device out")
     return options
@@ -118,19 +127,28 @@ class Bench:
         plain = Settings(
             name, given.image_size, given.batch, given.precision, given.compile, given.device, averaged=False
         )
-        gflops = forward_flops(plain.recipe(self.root / "data", self.root, 1), NUM_CLASSES, plain.batch) / 1e9
-        found = {kind: self._compare(replace(plain, averaged=on), kind, gflops) for kind, on in KINDS.items()}
-        return {"forward_gflops": round(gflops, 3), **found}
+        kinds = {f"keep {rate:g}": {"keep_rate": rate} for rate in given.keep_rates} or KINDS
+        found: dict[str, Any] = {
+            kind: self._compare(replace(plain, **changed), kind) for kind, changed in kinds.items()
+        }
+        if given.keep_rates:
+            found["faster"] = _faster([found[kind]["ratio"] for kind in kinds])
+            print(f"{name}: stages of one length together take 1/{found['faster']} of the time on all tokens")
+        return {"forward_gflops": round(self._gflops(plain), 3), **found}
 
-    def _compare(self, settings: Settings, kind: str, gflops: float) -> dict[str, Any]:
+    def _gflops(self, settings: Settings) -> float:
+        recipe = settings.recipe(self.root / "data", self.root, 1)
+        return forward_flops(recipe, NUM_CLASSES, settings.batch, epoch=0) / 1e9
+
+    def _compare(self, settings: Settings, kind: str) -> dict[str, Any]:
         turns = Turns(make_batch(settings, self.world.device), self.options.turns, self.options.steps)
-        run_dir = self.root / f"{settings.model}-{kind}"
+        run_dir = self.root / f"{settings.model}-{kind.replace(' ', '-')}"
         recipe = settings.recipe(self.root / "data", run_dir, turns.total)
         bare = Bare(recipe, self.world.device)
         train_fed(recipe, self.world, partial(turns.feed, bare.step))
         del bare
         peaks = {side: self._peak_alone(side, settings) for side in ("ours", "bare")}
-        found = _figures(turns, peaks, gflops, self.options)
+        found = _figures(turns, peaks, self._gflops(settings), self.options)
         _report(f"{settings.model}, {kind}", found)
         return found
 
@@ -146,7 +164,7 @@ def peak_of(side: str, settings: Settings, root: Path, threads: int) -> int:
     torch.set_num_threads(threads)
     before = reset_peak(world.device)
     batch, found = make_batch(settings, world.device), [0]
-    run_dir = root / f"{settings.model}-{settings.averaged}-peak"
+    run_dir = root / f"{settings.model}-{settings.averaged}-{settings.keep_rate}-peak"
     recipe = settings.recipe(root / "data", run_dir, PEAK_STEPS + 1)
 
     def feed():
@@ -180,6 +198,10 @@ def _figures(turns: Turns, peaks: dict[str, int], gflops: float, options: argpar
     if options.peak_tflops:
         found["mfu"] = round(FORWARDS_A_STEP * gflops * speed / (options.peak_tflops * 1000), 4)
     return found
+
+
+def _faster(ratios: Sequence[float]) -> float:
+    return round(1 / statistics.fmean(ratios), 4)
 
 
 def _report(title: str, found: dict[str, Any]) -> None:

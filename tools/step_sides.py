@@ -20,7 +20,17 @@ from pipeline.data.stream import TrainStream
 from pipeline.loss import SummedOverHeads
 from pipeline.models.build import make_model
 from pipeline.prepare import prepare
-from pipeline.recipe import Augment, Checkpoint, Data, Evaluation, Model, Recipe, Runtime, Schedule
+from pipeline.recipe import (
+    Augment,
+    Checkpoint,
+    Data,
+    Evaluation,
+    Model,
+    Recipe,
+    Runtime,
+    Schedule,
+    TokenExpansion,
+)
 from pipeline.trainer import train
 from tools.benchmarks import NUM_CLASSES
 
@@ -30,7 +40,7 @@ LOG_EVERY = "10 steps"
 
 @dataclass(frozen=True)
 class Settings:
-    """What both sides train alike."""
+    """What both sides train alike; but for `keep_rate`, of our side's tokens (ToE, from a quarter in two rounds)."""
 
     model: str
     image_size: int
@@ -39,15 +49,18 @@ class Settings:
     compiler: str
     device: str
     averaged: bool
+    keep_rate: float = 1.0
 
     def recipe(self, data: Path, run_dir: Path, steps: int) -> Recipe:
         """Evaluated and saved at its end alone."""
+        expansion = TokenExpansion((0,), (self.keep_rate,), initial_keep_rate=0.25, repetitions=2)
         return Recipe(
             run_dir=str(run_dir),
             ema_decay=EMA_DECAY if self.averaged else 0,
             data=Data(path=str(data), global_batch=self.batch, workers=0),
             augment=Augment(image_size=self.image_size),
             model=Model(name=self.model),
+            token_expansion=expansion if self.keep_rate < 1 else TokenExpansion(),
             schedule=Schedule(length=f"{steps} steps", warmup="0 steps"),
             evaluation=Evaluation(every="100%", batch=1),
             checkpoint=Checkpoint(every="100%"),

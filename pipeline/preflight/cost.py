@@ -53,6 +53,9 @@ def speed(run: Run, trial: Trial) -> Iterator[str]:
     loaded, taken = batch / trial.load_seconds, batch / trial.step_seconds
     yield "speed: measured on this launch, each alone"
     seconds = f"{trial.step_seconds:.3f} s a step"
+    if len(trial.stages) > 1:
+        each = ", ".join(f"{number} steps of {time:.3f} s" for number, time in trial.stages)
+        yield f"the mean of the stages of token expansion that are left: {each}"
     yield f"the loader brings {loaded:,.0f} images/s, steps take {taken:,.0f} images/s ({seconds})"
     yield verdict(loaded, taken)
     if trial.peak:
@@ -70,9 +73,9 @@ def verdict(loaded: float, taken: float) -> str:
 
 
 def whole(run: Run, trial: Trial, flops: float) -> Iterator[str]:
-    """flops: of an image's forward pass."""
+    """flops: of an image's forward pass, on average over what is left."""
     left = run.durations.total - run.progress.start
-    images, seconds = left * run.recipe.data.global_batch, left * max(trial.load_seconds, trial.step_seconds)
+    images, seconds = left * run.recipe.data.global_batch, trial.seconds
     step = FORWARDS_A_STEP * flops
     yield f"the whole run: {left} steps, without evaluations and checkpoints"
     yield f"{images:,} images x {step / 1e9:.4g} GFLOP ({FORWARDS_A_STEP} forward passes) = {images * step:.3e} FLOP"

@@ -13,7 +13,7 @@ from pipeline.models.build import make_model
 from pipeline.preflight import cost, plan
 from pipeline.preflight.trial import measure
 from pipeline.run import Run
-from pipeline.telemetry.flops import forward_flops
+from pipeline.telemetry.flops import Flops
 
 
 def dry_run(run: Run) -> str:
@@ -36,7 +36,8 @@ def dry_run(run: Run) -> str:
     _say(run, plan.data(run, os.cpu_count() or 1))
     trial = measure(run)
     _say(run, cost.speed(run, trial))
-    flops = forward_flops(recipe, classes, micro_batch)
+    per_epoch = run.input.stream.plan.batches_per_epoch
+    flops = Flops.of(recipe, classes, micro_batch).mean(run.progress.start / per_epoch, run.durations.total / per_epoch)
     _say(run, cost.whole(run, trial, flops))
     _say(run, cost.disk(run, footprint, shutil.disk_usage(run.run_dir).free))
     run.world.barrier()

@@ -18,12 +18,23 @@ _AHEAD = 2  # batches that a worker has in work
 
 @dataclass(frozen=True)
 class Trial:
-    """Seconds for one step's images and for one step, on the slowest rank; `peak`: most bytes of tensors on a GPU (0
-    without one)."""
+    """Seconds for one step's images, on the slowest rank; of each stage of token expansion that is left (one without)
+    the number of steps and the seconds for one, likewise; `peak`: most bytes of tensors on a GPU (0 without one)."""
 
     load_seconds: float
-    step_seconds: float
+    stages: tuple[tuple[int, float], ...]
     peak: int
+
+    @property
+    def step_seconds(self) -> float:
+        """The mean of all steps that are left."""
+        left = sum(number for number, _ in self.stages)
+        return sum(number * seconds for number, seconds in self.stages) / left if left else self.stages[0][1]
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps that are left."""
+        return sum(number * max(self.load_seconds, seconds) for number, seconds in self.stages)
 
 
 def measure(run: Run) -> Trial:
@@ -35,10 +46,13 @@ def measure(run: Run) -> Trial:
         for _ in range(1 + waiting):
             last = next(batches)
         load_seconds, last = _load(batches, last)
-        step_seconds = _steps(run, last)
+        parts = run.learner.tokens.parts(start, run.durations.total)
+        step_seconds = [_steps(run, last, first) for first, _ in parts]
     everyone = world.gather((load_seconds, step_seconds, torch.cuda.max_memory_allocated() if cuda else 0))
-    load, step, peak = zip(*everyone, strict=True)
-    return Trial(max(load), max(step), max(peak))
+    load, steps, peak = zip(*everyone, strict=True)
+    slowest = map(max, zip(*steps, strict=True))
+    stages = tuple((number, seconds) for (_, number), seconds in zip(parts, slowest, strict=True))
+    return Trial(max(load), stages, max(peak))
 
 
 def _load(batches: Iterator[list[Batch]], last: list[Batch]) -> tuple[float, list[Batch]]:
@@ -49,15 +63,16 @@ def _load(batches: Iterator[list[Batch]], last: list[Batch]) -> tuple[float, lis
     return (time.perf_counter() - began) / number, last
 
 
-def _steps(run: Run, batches: list[Batch]) -> float:
-    """Seconds of one, augmentation on the device included."""
+def _steps(run: Run, batches: list[Batch], first: int) -> float:
+    """Seconds of one like step `first`, augmentation on the device included."""
     learner, wait = run.learner, _waiting(run)
     began = 0.0
+    learner.tokens(first)
     for number in range(STEPS):
         if number == 1:
             wait()
             began = time.perf_counter()
-        learner.backend.set_lr(learner.schedule(run.progress.start))
+        learner.backend.set_lr(learner.schedule(first))
         learner.backend.step(learner.criterion, [run.input.augment(batch) for batch in batches])
         if learner.ema:
             learner.ema.update()

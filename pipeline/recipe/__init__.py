@@ -16,6 +16,7 @@ from pipeline.recipe.sections import (
     Shampoo,
 )
 from pipeline.recipe.sources import sources
+from pipeline.recipe.token_expansion import TokenExpansion
 
 __all__ = [
     "Augment",
@@ -28,6 +29,7 @@ __all__ = [
     "Runtime",
     "Schedule",
     "Shampoo",
+    "TokenExpansion",
     "flatten",
     "parse",
     "sources",

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from pipeline.recipe.model import Model
+from pipeline.recipe.token_expansion import TokenExpansion
 
 Origin = tuple[tuple[str, Mapping[str, object]], ...]
 
@@ -218,6 +219,7 @@ class Recipe:
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)
     model: Model = field(default_factory=Model)
+    token_expansion: TokenExpansion = field(default_factory=TokenExpansion)
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
     evaluation: Evaluation = field(default_factory=Evaluation)

@@ -12,9 +12,9 @@ from safetensors import SafetensorError, safe_open
 from pipeline.record import WEIGHTS, read_recipe, weights_path
 from pipeline.status import Facts, progress_of, seconds_of
 from pipeline.status.files import number, read_object
-from pipeline.status.progress import global_batch
+from pipeline.status.progress import global_batch, steps_per_epoch
 from pipeline.status.writer import last_attempt
-from pipeline.telemetry.flops import FORWARDS_A_STEP, forward_flops
+from pipeline.telemetry.flops import FORWARDS_A_STEP, Flops
 from shards.errors import UserError
 
 STATE = "state.json"
@@ -35,7 +35,7 @@ class Cost:
 def cost_of(facts: Facts, price: float | None) -> Cost:
     """price: of an hour of one process."""
     batch, seconds, world = global_batch(facts), seconds_of(facts), world_of(facts)
-    told, step = number(facts.outcome.get("images")), progress_of(facts).step
+    told, step, per_epoch = number(facts.outcome.get("images")), progress_of(facts).step, steps_per_epoch(facts)
     images = int(told) if told is not None else (batch * step if batch else None)
     hours = seconds / 3600 * world if seconds is not None and world else None
     return Cost(
@@ -43,7 +43,7 @@ def cost_of(facts: Facts, price: float | None) -> Cost:
         _parameters(facts.path),
         hours,
         world,
-        _flops(facts.path, images) if images else None,
+        _flops(facts.path, images, step / per_epoch if per_epoch else None) if images else None,
         hours * price if hours is not None and price is not None else None,
     )
 
@@ -75,11 +75,15 @@ def _parameters(run_dir: Path) -> int | None:
     return sum(map(math.prod, shapes.values())) if shapes else None
 
 
-def _flops(run_dir: Path, images: int) -> float | None:
-    """Of all training steps; None where the model cannot be built, or its number of classes is not known."""
+def _flops(run_dir: Path, images: int, epoch: float | None) -> float | None:
+    """Of all training steps, up to an epoch; None where the model cannot be built, or its number of classes is not
+    known, or which stages of token expansion there were."""
     heads = [shape for name, shape in _shapes(run_dir).items() if name in ("head.weight", "fc.weight")]
     try:
-        return forward_flops(read_recipe(run_dir), heads[0][0], 2) * FORWARDS_A_STEP * images if heads else None
+        recipe = read_recipe(run_dir)
+        if not heads or (epoch is None and recipe.token_expansion.steps):
+            return None
+        return Flops.of(recipe, heads[0][0], 2).mean(0, epoch or 0) * FORWARDS_A_STEP * images
     except (UserError, RuntimeError):
         return None
 

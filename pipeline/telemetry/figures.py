@@ -1,5 +1,6 @@
 """What a logged step shows beside its metrics."""
 
+import math
 import resource
 import sys
 from collections.abc import Mapping
@@ -8,17 +9,17 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.backend import World
-from pipeline.telemetry.flops import FORWARDS_A_STEP
+from pipeline.telemetry.flops import FORWARDS_A_STEP, NO_FLOPS, Flops
 from pipeline.telemetry.norms import GradientNorms
 
 
 @dataclass(frozen=True)
 class Figures:
-    """`flops`: operations of one image's forward pass; `peak`: a second, of one device, None where that is not known;
-    norms: None where they were not asked for."""
+    """`flops`: operations of one image's forward pass, by epochs; `peak`: a second, of one device, None where that is
+    not known; norms: None where they were not asked for."""
 
     world: World
-    flops: float = 0.0
+    flops: Flops = NO_FLOPS
     peak: float | None = None
     norms: GradientNorms | None = None
 
@@ -32,7 +33,8 @@ class Figures:
             "memory_gib": max(self.world.gather(peak_memory(self.world))) / 2**30,
         }
         if self.peak:
-            found["mfu"] = rate * FORWARDS_A_STEP * self.flops / self.peak
+            flops = self.flops.at(math.ceil(values["epoch"]) - 1)  # of this step, whatever the interval began with
+            found["mfu"] = rate * FORWARDS_A_STEP * flops / self.peak
         return found | (self.norms.read(values["grad_norm"]) if self.norms else {})
 
 

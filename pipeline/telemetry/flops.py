@@ -1,10 +1,13 @@
 """Floating-point operations of a model, and what devices can do of them: for MFU and hours."""
 
+from dataclasses import dataclass
+
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.models.build import make_model
+from pipeline.models.toe import TokenStages
 from pipeline.recipe import Recipe
 
 FORWARDS_A_STEP = 3
@@ -26,13 +29,45 @@ PEAKS = {
 default). From NVIDIA's data sheets of each card and its white papers of the Ampere and the Hopper architecture."""
 
 
-def forward_flops(recipe: Recipe, num_classes: int, batch: int) -> float:
+@dataclass(frozen=True)
+class Flops:
+    """`forward_flops` of each stage of token expansion, after the epoch that it begins with; one, from epoch 0 on, of a
+    recipe without."""
+
+    stages: tuple[tuple[int, float], ...]
+
+    @classmethod
+    def of(cls, recipe: Recipe, num_classes: int, batch: int) -> "Flops":
+        begins = sorted({0, *recipe.token_expansion.steps})
+        return cls(tuple((epoch, forward_flops(recipe, num_classes, batch, epoch)) for epoch in begins))
+
+    def at(self, epoch: int) -> float:
+        return [flops for begins, flops in self.stages if begins <= epoch][-1]
+
+    def mean(self, first: float, last: float) -> float:
+        """Of the images between two points in time, in epochs."""
+        ends = [begins for begins, _ in self.stages[1:]] + [max(last, self.stages[-1][0])]
+        spans = [
+            max(0.0, min(last, end) - max(first, begins)) for (begins, _), end in zip(self.stages, ends, strict=True)
+        ]
+        if not sum(spans):
+            return self.at(int(first))
+        return sum(span * flops for span, (_, flops) in zip(spans, self.stages, strict=True)) / sum(spans)
+
+
+NO_FLOPS = Flops(((0, 0.0),))
+
+
+def forward_flops(recipe: Recipe, num_classes: int, batch: int, epoch: int | None = None) -> float:
     """Operations of one image's forward pass in training, a multiplication and an addition counting as two: those of
-    matrix products and convolutions, in a micro-batch of `batch` images. Nothing is computed: the model is on meta."""
+    matrix products and convolutions, in a micro-batch of `batch` images; on all tokens, or on those of an epoch, whose
+    selection counts too. Nothing is computed: the model is on meta."""
     side = recipe.augment.image_size
     with torch.device("meta"):
         model = make_model(recipe, num_classes)
         images = torch.empty(batch, 3, side, side)
+    if epoch is not None:
+        TokenStages.of(recipe.token_expansion, model, batches_per_epoch=1)(epoch)
     # The products of attention are counted only where they are products: fused kernels of CPUs have no formula.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(images)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import ranks
+import timm
 import torch
 from strategies import ZERO, place
 from torch import nn
@@ -14,6 +15,7 @@ from variants import SMALL
 from pipeline.backend import StepOptions, World, start, wrap
 from pipeline.loss import SummedOverHeads
 from pipeline.models.t2t_vit import T2TViT
+from pipeline.models.toe import TokenExpansion, expand_tokens
 from pipeline.models.vittm import ViTTM
 from pipeline.optim import adamw
 from pipeline.trainer import leave
@@ -40,9 +42,11 @@ VITTM = {
 }
 T2T_VIT = {"T2T transformer": {"tokens_type": "transformer"}, "T2T performer": {"tokens_type": "performer"}}
 SMALL_T2T = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3, "token_dim": 16, "num_classes": 7}
+EXPANDED = {"token expansion": "vit_tiny_patch16_224", "token expansion of DeiT": "deit_tiny_distilled_patch16_224"}
+SMALL_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}
 PAIRS = [
     *((name, strategy) for name in VITTM for strategy in STRATEGIES),
-    *((name, strategy) for name in T2T_VIT for strategy in ("fsdp", "zero2")),
+    *((name, strategy) for name in (*T2T_VIT, *EXPANDED) for strategy in ("fsdp", "zero2")),
 ]
 STEPS, BATCH = 3, 4
 TOLERANCE = 1e-5
@@ -65,6 +69,10 @@ def build(name: str) -> nn.Module:
     torch.manual_seed(0)
     if name in VITTM:
         return ViTTM(**SMALL | VITTM[name])
+    if name in EXPANDED:
+        model = timm.create_model(EXPANDED[name], **SMALL_VIT)
+        expansion = TokenExpansion((0,), (0.5,), 0.25, 2, num_prefix_tokens=model.num_prefix_tokens)
+        return expand_tokens(model, expansion)
     model = T2TViT(**SMALL_T2T | T2T_VIT[name])
     for layer in model.modules():
         if isinstance(layer, nn.Dropout):  # ranks draw their own
