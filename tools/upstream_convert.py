@@ -62,7 +62,6 @@ def convert(given: Given) -> Converted:
             found.fields[flag.field] = (text, flag.name if flag.name in given.values else f"no {flag.name}")
     _set_batch(found, given)
     _SPECIAL.get(given.program.title, _nothing_more)(found, given)
-    found.contradictions += _of_expansion(given)
     return found
 
 
@@ -115,7 +114,8 @@ def _set(found: Converted, given: Given, flag: Flag) -> None:
         found.remarks["said"].append(f"{flag.name} {text}: a placeholder, {flag.field} stays the recipe's")
     elif text:
         by_default = "" if flag.name in given.values else " by default"
-        found.fields[flag.field] = (flag.form.format(text), f"{flag.name} {text}{by_default}")
+        value = f"[{text.replace(' ', ', ')}]" if flag.takes == "+" else text
+        found.fields[flag.field] = (flag.form.format(value), f"{flag.name} {text}{by_default}")
     else:
         found.open.append(f"{flag.name} ({flag.field})")
 
@@ -207,12 +207,6 @@ def _timm(found: Converted, given: Given) -> None:
 def _only_cosine(given: Given, name: str) -> None:
     if given.text(name) not in ("", "cosine"):
         raise UserError(f"{name} {given.text(name)}: the schedule is the cosine here; another one is not there")
-
-
-def _of_expansion(given: Given) -> Iterator[str]:
-    steps, rates = (given.values.get(name, ()) for name in ("--expansion-step", "--keep-rate"))
-    if len(steps) != len(rates):
-        yield f"--expansion-step has {len(steps)} stages, --keep-rate {len(rates)}"
 
 
 def _efficient_train(found: Converted, given: Given) -> None:

@@ -11,7 +11,6 @@ IMAGES = "the images are made into shards first (tools/make_shards.py), where da
 CLASSES = "the index of the shards knows its classes"
 PINNED = "memory is pinned on CUDA always"
 BATCH = "a rank's; the global batch is the same on any number of ranks"
-TOE = "Token Expansion (ToE)"
 LTM = "learnable token merging (LTM)"
 LABELS = "token labels (LV-ViT)"
 MODEL = "--model picks the recipe, too"
@@ -33,10 +32,10 @@ BY_TIMM = {
 """What timm does whatever the flags are."""
 
 EXPANSION = (
-    later("--expansion-step", TOE, "+"),
-    later("--keep-rate", TOE, "+"),
-    later("--initialization-keep-rate", TOE),
-    later("--expansion-multiple-stage", TOE),
+    Flag("--expansion-step", "token_expansion.steps", takes="+"),
+    Flag("--keep-rate", "token_expansion.keep_rates", takes="+"),
+    Flag("--initialization-keep-rate", "token_expansion.initial_keep_rate"),
+    Flag("--expansion-multiple-stage", "token_expansion.repetitions"),
 )
 
 VITTM = Program(

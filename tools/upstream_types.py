@@ -17,7 +17,8 @@ KINDS: dict[Kind, str] = {
 @dataclass(frozen=True)
 class Flag:
     """`names`: as the program has them, between spaces. `field`: ours, which gets `form`, with the flag's value in
-    place of {}; `default` is what the flag is where it is not given (of a switch: what the field is then).
+    place of {} (some are a list); `default` is what the flag is where it is not given (of a switch: what the field is
+    then).
 
     `takes`: "" a switch, "1" a value, "+" some.
     """
