@@ -1,10 +1,8 @@
 """Top-1 and top-5 of every head, every sample counted once on any number of ranks."""
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -14,6 +12,7 @@ from torch.nn import functional as F
 from pipeline.augment.device import normalise
 from pipeline.backend import Stopped, World
 from pipeline.data.batch import PADDING, UNREADABLE, Batch
+from pipeline.data.stream import arriving
 from pipeline.loss import heads_of
 
 Variants = Mapping[str, Callable[[], AbstractContextManager]]
@@ -63,24 +62,13 @@ class Evaluator:
         module.eval()
         totals: dict[str, Tensor] = {}
         try:
-            for batch in self._arriving(batches):
+            for batch in arriving(batches, self.backend.world, "evaluation"):
                 self._add(totals, batch)
         except Stopped:
             return None
         finally:
             module.train(was_training)
         return self._reduce(totals)
-
-    def _arriving(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches, of which all ranks have equally many; raises Stopped, on all, where one was signalled."""
-        world, coming = self.backend.world, iter(batches)
-        for number in itertools.count(1):
-            world.place.at(f"evaluation: waiting for batch {number}")
-            batch = world.stop.wait_for(partial(next, coming, None))
-            world.reach(f"evaluation: batch {number}")
-            if batch is None:
-                return
-            yield batch
 
     @torch.no_grad()
     def _add(self, totals: dict[str, Tensor], batch: Batch) -> None:

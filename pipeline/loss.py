@@ -1,10 +1,13 @@
 """The training objective: one criterion for every head, added up unweighted, as the authors of ViTTM train."""
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from pipeline.sharded import Shard
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -20,6 +23,13 @@ def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 CRITERIA: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": cross_entropy, "bce": binary_cross_entropy}
 
 
+class Objective(Protocol):
+    """What is minimised: of a model's outputs and targets [B, C], and the tensors to save and load with the run."""
+
+    def __call__(self, outputs: Tensor, targets: Tensor, /) -> Tensor: ...
+    def state(self) -> list[Shard]: ...
+
+
 class SummedOverHeads:
     """criterion(outputs, targets): the sum over a model's heads, in fp32."""
 
@@ -29,6 +39,9 @@ class SummedOverHeads:
     def __call__(self, outputs: Tensor | tuple[Tensor, ...], targets: Tensor) -> Tensor:
         losses = [self.criterion(logits.float(), targets) for logits in heads_of(outputs)]
         return torch.stack(losses).sum()
+
+    def state(self) -> list[Shard]:
+        return []
 
 
 def heads_of(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -16,6 +16,7 @@ from pipeline.augment.fast import FastTrainTransform
 from pipeline.backend import StepOptions, World, wrap
 from pipeline.backend.tracking import check_installed, open_trackers
 from pipeline.best import Best
+from pipeline.bottleneck import make_bottleneck, make_objective
 from pipeline.checkpoint import Checkpoints, read_state
 from pipeline.data.device import DeviceAugment
 from pipeline.data.loading import Loading, serve_workers
@@ -26,7 +27,6 @@ from pipeline.divergence import Skips, Spikes
 from pipeline.ema import EMA
 from pipeline.evaluate import Evaluator, Variants, head_names
 from pipeline.footprint import check_room, measure
-from pipeline.loss import SummedOverHeads
 from pipeline.models.build import give_start, make_model
 from pipeline.models.toe import TokenStages
 from pipeline.optim import WarmupCosine
@@ -84,7 +84,7 @@ def prepare(recipe: Recipe, world: World) -> Run:
     footprint = measure(recipe, model)  # before it is sharded
     tokens = TokenStages.of(recipe.token_expansion, model, given.stream.plan.batches_per_epoch)
     tokens.check(durations.total)
-    learner = make_learner(recipe, world, model, schedule, tokens, len(given.validation.reader))
+    learner = make_learner(recipe, world, model, schedule, tokens, given)
     free = world.from_main(shutil.disk_usage(run_dir).free)
     check_room(footprint.checkpoint(learner.backend.name), free, run_dir)
     record = make_record(recipe, world, index, learner)
@@ -94,7 +94,9 @@ def prepare(recipe: Recipe, world: World) -> Run:
     best = Best.of(learner.evaluator.head_names, world.from_main(kept))
     skips, spikes = Skips(run_dir, world, recipe.runtime.max_skipped), Spikes(recipe.runtime.spike)
     telemetry = make_telemetry(recipe, index, learner, given, record, durations)
-    run = Run(recipe, world, durations, given, learner, checkpoints, record, quarantine, skips, spikes, best, telemetry)
+    bottleneck = make_bottleneck(recipe, learner.backend, learner.criterion, given.stream, record.information)
+    parts = recipe, world, durations, given, learner, bottleneck, checkpoints, record, quarantine, skips, spikes, best
+    run = Run(*parts, telemetry)
     begin(run, newest)
     telemetry.profile.check(durations.total - run.progress.start)
     if recipe.dry_run:
@@ -151,7 +153,7 @@ def restore(run: Run, path: Path) -> None:
 def load(run: Run, path: Path) -> None:
     """What a checkpoint of this run holds of its learner."""
     state = read_state(path)
-    run.checkpoints.load(path, run.learner.backend, run.learner.averages())
+    run.checkpoints.load(path, run.learner.backend, run.learner.pieces())
     run.spikes.resume(state["losses"])
     run.record.meter.kept_seconds = state["kept_seconds"]
     if run.learner.ema:
@@ -233,17 +235,18 @@ def make_learner(
     model: nn.Module,
     schedule: WarmupCosine,
     tokens: TokenStages,
-    num_evaluated: int,
+    given: Input,
 ) -> Learner:
     section = recipe.optimizer
     names = head_names(model)
+    objective = make_objective(recipe, model, given.augment.num_classes, world.device)
     groups = optim.group(model, section.layer_decay, section.decay)
     make_optimizer = functools.partial(optim.make_optimizer, section=section, groups=groups)
     backend = wrap(world, model, make_optimizer, StepOptions.of(recipe))
     ema = EMA(backend, recipe.ema_decay) if recipe.ema_decay else None
     variants: Variants = {"": nullcontext} | ({"ema_": ema.swap} if ema else {})
-    evaluator = Evaluator(backend, names, variants, num_evaluated)
-    return Learner(backend, SummedOverHeads(recipe.loss), schedule, tokens, ema, evaluator)
+    evaluator = Evaluator(backend, names, variants, len(given.validation.reader))
+    return Learner(backend, objective, schedule, tokens, ema, evaluator)
 
 
 def make_record(recipe: Recipe, world: World, index: Index, learner: Learner) -> Record:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.backend import Backend, Criterion, Mixed, World
+from pipeline.backend import Backend, Mixed, World
 from pipeline.best import Best
 from pipeline.checkpoint import Checkpoints
 from pipeline.data.device import DeviceAugment
@@ -15,6 +15,7 @@ from pipeline.data.stream import TrainStream
 from pipeline.divergence import Skips, Spikes
 from pipeline.ema import EMA
 from pipeline.evaluate import Evaluator
+from pipeline.loss import Objective
 from pipeline.models.toe import TokenStages
 from pipeline.optim import WarmupCosine
 from pipeline.recipe import Recipe
@@ -50,14 +51,16 @@ class Learner:
     """The model and what moves and judges it."""
 
     backend: Backend
-    criterion: Criterion
+    criterion: Objective
     schedule: WarmupCosine
     tokens: TokenStages
     ema: EMA | None
     evaluator: Evaluator
 
-    def averages(self) -> list[Shard]:
-        return self.ema.state() if self.ema else []
+    def pieces(self) -> dict[str, list[Shard]]:
+        """What a checkpoint holds beside the engine, by the name of its directory."""
+        found = {"ema": self.ema.state() if self.ema else [], "loss": self.criterion.state()}
+        return {name: shards for name, shards in found.items() if shards}
 
 
 @dataclass
@@ -90,13 +93,14 @@ class Telemetry:
 
 @dataclass(frozen=True)
 class Run:
-    """All of it, on one rank."""
+    """All of it, on one rank. bottleneck: called before each step; False where a rank was told to stop."""
 
     recipe: Recipe
     world: World
     durations: Durations
     input: Input
     learner: Learner
+    bottleneck: Callable[[int], bool]
     checkpoints: Checkpoints
     record: Record
     quarantine: Quarantine

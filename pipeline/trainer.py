@@ -74,7 +74,7 @@ def train(run: Run) -> str:
         if due(start, every.evaluate, total) and not evaluate(run, start):
             return stop(run, start)
         for step in range(start, total):
-            micro_batches = fetch(run, batches, step + 1)
+            micro_batches = fetch(run, batches, step + 1) if look(run, step) else None
             if micro_batches is None:
                 return stop(run, step)
             learner.tokens(step)
@@ -92,6 +92,12 @@ def train(run: Run) -> str:
             if due(done, every.evaluate, total) and not evaluate(run, done):
                 return stop(run, done)
         return finish(run)
+
+
+def look(run: Run, step: int) -> bool:
+    """At what the loss has to know of the training samples before `step`; False where a rank was told to stop."""
+    with run.record.meter.paused():
+        return run.bottleneck(step)
 
 
 def fetch(run: Run, batches: Iterator[list[Batch]], step: int) -> list[Batch] | None:
@@ -188,7 +194,7 @@ def save(run: Run, done: int) -> None:
         "commit": run.progress.commit,
         "recipe": flatten(run.recipe),
     }
-    run.checkpoints.save(done, run.learner.backend, run.learner.averages(), state)
+    run.checkpoints.save(done, run.learner.backend, run.learner.pieces(), state)
     run.progress.saved = done
     seconds = time.perf_counter() - began
     run.progress.save_seconds += seconds

@@ -6,7 +6,7 @@ from shards.errors import UserError
 
 MAGNITUDES = {"torchvision": 30, "timm-increasing": 10}
 """The largest of each of RandAugment's policies."""
-MAY_BE_ZERO = ("schedule.warmup", "schedule.cooldown")
+MAY_BE_ZERO = ("schedule.warmup", "schedule.cooldown", "bottleneck.after")
 UNITS = ("epochs", "steps", "images", "%")
 
 
@@ -31,6 +31,7 @@ def validate(recipe: Recipe) -> None:
         *_augment_errors(recipe.augment),
         *_start_errors(recipe),
         *_expansion_errors(recipe),
+        *_bottleneck_errors(recipe),
     ]
     if found:
         raise UserError("the recipe cannot run:\n" + "\n".join(f"  - {message}" for message in found))
@@ -59,6 +60,7 @@ def _duration_errors(recipe: Recipe) -> list[str]:
         "schedule.warmup": recipe.schedule.warmup,
         "schedule.cooldown": recipe.schedule.cooldown,
         "evaluation.every": recipe.evaluation.every,
+        "bottleneck.after": recipe.bottleneck.after,
         "checkpoint.every": recipe.checkpoint.every,
         "runtime.log_every": recipe.runtime.log_every,
     }
@@ -84,6 +86,9 @@ def _range_errors(recipe: Recipe) -> list[str]:
         "data.accumulation",
         "augment.image_size",
         "evaluation.batch",
+        "bottleneck.centroids",
+        "bottleneck.iterations",
+        "bottleneck.samples",
         "checkpoint.keep",
         "runtime.fsdp_replicas",
         "optimizer.shampoo.max_preconditioner_dim",
@@ -99,6 +104,7 @@ def _range_errors(recipe: Recipe) -> list[str]:
         "optimizer.eps",
         "optimizer.weight_decay",
         "optimizer.clip_norm",
+        "bottleneck.weight",
     )
     runtime = ("runtime.processes", "runtime.activation_checkpointing", "runtime.max_skipped", "runtime.spike")
     telemetry = ("profile", "runtime.peak_tflops", "runtime.hang_timeout")
@@ -174,6 +180,26 @@ def _expansion_errors(recipe: Recipe) -> list[str]:
         found.append(
             f"token_expansion.steps {section.steps}: the stage of epoch {max(section.steps)} would never begin, as "
             f"schedule.length is '{length}', counted from 0: train longer, or begin it earlier"
+        )
+    return found
+
+
+def _bottleneck_errors(recipe: Recipe) -> list[str]:
+    section, augment, found = recipe.bottleneck, recipe.augment, []
+    if section.samples < section.centroids:
+        found.append(
+            f"bottleneck.samples {section.samples}: must be at least bottleneck.centroids {section.centroids}, which "
+            "they are clustered to"
+        )
+    if section.weight and (augment.mixup or augment.cutmix):
+        found.append(
+            f"bottleneck.weight {section.weight}: its bound is of images with one label each: set augment.mixup and "
+            "augment.cutmix to False"
+        )
+    if section.weight and recipe.loss != "ce":
+        found.append(
+            f"bottleneck.weight {section.weight}: its bound goes with cross-entropy, but loss is '{recipe.loss}': set "
+            "it to ce"
         )
     return found
 

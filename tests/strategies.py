@@ -162,7 +162,7 @@ def check_cut(run: Run) -> None:
     """A rank of a sharded strategy holds about its share of the averages, and not every tensor in equal pieces."""
     whole = [parameter.numel() for parameter in run.learner.backend.module.parameters()]
     assert any(whole) != (run.learner.backend.name == "zero3")  # which keeps nothing whole between steps
-    averages, total = run.learner.averages(), run.learner.backend.num_parameters()
+    averages, total = run.learner.pieces()["ema"], run.learner.backend.num_parameters()
     held = [len(shard.tensor) for shard in averages]
     if run.learner.backend.name == "ddp" or run.world.size == 1:
         assert sum(held) == total
@@ -177,7 +177,7 @@ def check_reads(run: Run, finished: Path) -> None:
     ema = run.learner.ema
     newest = sorted((finished / "checkpoints").glob("step-*"))[-1]
     before = weights_of(run)
-    sharded.load(run.learner.averages(), newest / "ema")
+    sharded.load(run.learner.pieces()["ema"], newest / "ema")
     with ema.swap():
         lent = weights_of(run)
     after = weights_of(run)

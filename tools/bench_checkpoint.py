@@ -101,7 +101,7 @@ class Bench:
         found = {"copy alone": self._timed(self._copy)}
         for name in ("asynchronous", "at once"):
             checkpoints = Checkpoints(self.root / name, self.world.apart(), keep=1, asynchronous=name == "asynchronous")
-            found[name] = self._timed(lambda: checkpoints.save(number, self.backend, self.ema.state(), {}))  # noqa: B023
+            found[name] = self._timed(lambda: checkpoints.save(number, self.backend, {"ema": self.ema.state()}, {}))  # noqa: B023
             behind = self._timed(checkpoints.wait)
             if checkpoints.asynchronous:
                 found["behind"] = behind

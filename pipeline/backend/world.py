@@ -64,6 +64,13 @@ class World:
         self.goes_on()
         return total.tolist()
 
+    def total(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks of a tensor of one shape on all of them, in place, on its own device."""
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self.group)
+        self.goes_on()
+        return tensor
+
     def gather(self, value: T) -> list[T]:
         """The value of every rank, in rank order."""
         values = [value] * self.size

@@ -3,7 +3,7 @@
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,9 +89,10 @@ class Checkpoints:
             found._together(lambda: check_destination(uploads.url) if world.is_main else None)
         return found
 
-    def save(self, step: int, engine: Engine, averages: list[Shard], state: dict) -> Path:
+    def save(self, step: int, engine: Engine, pieces: Mapping[str, list[Shard]], state: dict) -> Path:
         """Commits the state of `step`; older checkpoints are pruned only after that. Asynchronously, it returns when
-        the one before is committed and this one copied.
+        the one before is committed and this one copied. pieces: what there is beside the engine, by the name of its
+        directory.
 
         Raises UserError where it, or the one before, cannot be written (the older ones stay whole).
         """
@@ -100,12 +101,12 @@ class Checkpoints:
         staged = engine.stage_engine() if self.asynchronous else None
         write_engine = staged or (lambda directory, group: engine.save_engine(directory))
         if staged:
-            averages = sharded.in_memory(averages)
+            pieces = {name: sharded.in_memory(shards) for name, shards in pieces.items()}
 
         def write(directory: Path) -> None:
             write_engine(directory / "engine", self.world.group)
-            if averages:
-                sharded.save(averages, directory / "ema", self.world.group)
+            for name, shards in pieces.items():
+                sharded.save(shards, directory / name, self.world.group)
             self._together(lambda: _write_all(directory, own))
 
         final = self.root / f"step-{step:08d}"
@@ -161,11 +162,11 @@ class Checkpoints:
             )
         return None
 
-    def load(self, path: Path, engine: Engine, averages: list[Shard]) -> None:
-        """Reads a checkpoint that `newest` gave into the engine, the averages and this rank's RNG."""
+    def load(self, path: Path, engine: Engine, pieces: Mapping[str, list[Shard]]) -> None:
+        """Reads a checkpoint that `newest` gave into the engine, the pieces and this rank's RNG."""
         engine.load_engine(path / "engine")
-        if averages:
-            sharded.load(averages, path / "ema")
+        for name, shards in pieces.items():
+            sharded.load(shards, path / name)
         rng = path / _rng_name(self.world.rank)
         if rng.exists():
             _set_rng(load_file(rng))

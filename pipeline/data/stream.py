@@ -1,8 +1,10 @@
 """The stream as the trainer sees it: planned in the main process, decoded in workers, moved to the device."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -132,3 +134,16 @@ def evaluation_batches(samples: Samples, batch: int, world: World, loading: Load
     requests = (Request(part, 0, 0, 0) for part in ids.reshape(-1, batch))
     with load(samples, requests, loading, batch) as batches:
         yield batches
+
+
+def arriving(batches: Iterable[Batch], world: World, work: str) -> Iterator[Batch]:
+    """The batches, of which all ranks have equally many; raises Stopped, on all, where one was signalled. `work`: what
+    they are for."""
+    coming = iter(batches)
+    for number in itertools.count(1):
+        world.place.at(f"{work}: waiting for batch {number}")
+        batch = world.stop.wait_for(partial(next, coming, None))
+        world.reach(f"{work}: batch {number}")
+        if batch is None:
+            return
+        yield batch

@@ -1,5 +1,6 @@
 """What a run is: a frozen Recipe of typed sections, and the command line that overrides its fields."""
 
+from pipeline.recipe.bottleneck import Bottleneck
 from pipeline.recipe.command_line import parse
 from pipeline.recipe.files import with_text
 from pipeline.recipe.leaves import flatten, unflatten
@@ -20,6 +21,7 @@ from pipeline.recipe.token_expansion import TokenExpansion
 
 __all__ = [
     "Augment",
+    "Bottleneck",
     "Checkpoint",
     "Data",
     "Evaluation",

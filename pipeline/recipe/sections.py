@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from pipeline.recipe.bottleneck import Bottleneck
 from pipeline.recipe.model import Model
 from pipeline.recipe.token_expansion import TokenExpansion
 
@@ -220,6 +221,7 @@ class Recipe:
     augment: Augment = field(default_factory=Augment)
     model: Model = field(default_factory=Model)
     token_expansion: TokenExpansion = field(default_factory=TokenExpansion)
+    bottleneck: Bottleneck = field(default_factory=Bottleneck)
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
     evaluation: Evaluation = field(default_factory=Evaluation)

@@ -98,6 +98,13 @@ class Record:
                 brief += f"  ({values['unreadable']:.0f} images are unreadable and count as wrong: quarantine.jsonl)"
             self._bar.write(f"step {step}  {split}: {brief}")
 
+    def information(self, step: int, values: Values) -> None:
+        """What features tell of pixels and of labels before a step, in nats, for TensorBoard and the trackers alone."""
+        if self.is_main:
+            self._show(step, "information", values)
+            told = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+            self._bar.write(f"step {step}  information of features on {told}")
+
     def saved(self, step: int, seconds: float) -> None:
         """A checkpoint of `step` made the training stand still for so long; the next logged step has it, too."""
         self.meter.saved(seconds)

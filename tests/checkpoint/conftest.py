@@ -63,7 +63,7 @@ def save() -> Callable[[Checkpoints, Backend, int], Path]:
 
     def commit(checkpoints: Checkpoints, backend: Backend, step: int) -> Path:
         averages = [Shard("w", torch.full((2,), float(step)), 0, 2)]
-        path = checkpoints.save(step, backend, averages, {"kept": "yes"})
+        path = checkpoints.save(step, backend, {"ema": averages}, {"kept": "yes"})
         checkpoints.wait()
         return path
 

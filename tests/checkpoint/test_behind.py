@@ -81,13 +81,13 @@ def test_what_low_precision_keeps_beside_is_copied_too(behind, make_backend, tra
     train(backend, 1)
     expected = {shard.name: shard.tensor.clone() for shard in backend.shards()}
     computing, scale = backend.module.weight.detach().clone(), backend.scaler.get_scale()
-    path = behind.save(1, before_writing(backend, go_on.wait), [], {})
+    path = behind.save(1, before_writing(backend, go_on.wait), {}, {})
     train(backend, 2)
     if precision == "fp16":
         backend.scaler.update(scale / 4)
     go_on.set()
     behind.wait()
-    behind.load(path, backend, [])
+    behind.load(path, backend, {})
     found = {shard.name: shard.tensor for shard in backend.shards()}
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     assert torch.equal(backend.module.weight, computing)
@@ -97,14 +97,14 @@ def test_what_low_precision_keeps_beside_is_copied_too(behind, make_backend, tra
 def test_a_save_waits_for_the_one_before(behind, make_backend, go_on):
     waiting = threading.Event()
     first, second = before_writing(make_backend("ddp"), go_on.wait), make_backend("ddp")
-    behind.save(1, first, [], {})
+    behind.save(1, first, {}, {})
     committed: list[bool] = []
     stage = second.stage_engine
     second.stage_engine = lambda: (committed.append((behind.root / "step-00000001" / "COMMITTED").exists()), stage())[1]
 
     def next_save() -> None:
         waiting.set()
-        behind.save(2, second, [], {})
+        behind.save(2, second, {}, {})
 
     saving = threading.Thread(target=next_save)
     saving.start()
@@ -128,7 +128,7 @@ MESSAGE = (
 
 
 def save_next(behind: Checkpoints, backend: Backend) -> None:
-    behind.save(3, backend, [], {})
+    behind.save(3, backend, {}, {})
 
 
 def leave_the_training(behind: Checkpoints, backend: Backend) -> None:
@@ -140,7 +140,7 @@ def leave_the_training(behind: Checkpoints, backend: Backend) -> None:
 def test_a_failure_is_told_once_to_whoever_comes_next(behind, make_backend, save, come_next):
     backend = make_backend("ddp")
     save(behind, backend, 1)
-    behind.save(2, before_writing(make_backend("ddp"), full), [], {})
+    behind.save(2, before_writing(make_backend("ddp"), full), {}, {})
     with pytest.raises(UserError, match=MESSAGE):
         come_next(behind, backend)
     assert behind.newest() == behind.root / "step-00000001"
@@ -150,7 +150,7 @@ def test_a_failure_is_told_once_to_whoever_comes_next(behind, make_backend, save
 
 def save_and_fail(behind: Checkpoints, backend: Backend, step: int) -> None:
     with behind.settled():
-        behind.save(step, backend, [], {})
+        behind.save(step, backend, {}, {})
         raise ZeroDivisionError
 
 

@@ -28,7 +28,7 @@ def test_what_was_saved_is_restored(checkpoints, backend, save, train):
     expected = weights(backend)
     train(backend, 3)
     averages = Shard("w", torch.zeros(2), 0, 2)
-    checkpoints.load(path, backend, [averages])
+    checkpoints.load(path, backend, {"ema": [averages]})
     assert read_state(path) == {"kept": "yes", "step": 1}
     assert averages.tensor.tolist() == [1.0, 1.0]
     assert torch.equal(torch.rand(3), random)
