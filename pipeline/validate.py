@@ -4,7 +4,7 @@ from pipeline.recipe import Augment, Optimizer, Recipe, flatten
 from shards.budget import Budget
 from shards.errors import UserError
 
-MAGNITUDES = {"torchvision": 30, "timm-increasing": 10}
+MAGNITUDES = {"torchvision": 30, "timm": 10, "timm-increasing": 10}
 """The largest of each of RandAugment's policies."""
 MAY_BE_ZERO = ("schedule.warmup", "schedule.cooldown", "bottleneck.after")
 UNITS = ("epochs", "steps", "images", "%")
@@ -144,7 +144,7 @@ def _augment_errors(section: Augment) -> list[str]:
     if section.randaugment_std and section.randaugment == "torchvision":
         found.append(
             f"augment.randaugment_std {section.randaugment_std}: torchvision's RandAugment has magnitudes without a "
-            "spread: set it to 0, or augment.randaugment to timm-increasing"
+            "spread: set it to 0, or augment.randaugment to timm or timm-increasing"
         )
     return found + [
         f"augment.{kind}_alpha {alpha}: must be above 0 while {kind} is on"

@@ -12,10 +12,11 @@ from timm.data import auto_augment, create_transform
 
 from pipeline.augment.exact import TrainTransform
 from pipeline.augment.fast import FastTrainTransform
-from pipeline.augment.policies import TimmIncreasing, TorchvisionPolicy
+from pipeline.augment.policies import TimmPolicy, TorchvisionPolicy
 from pipeline.recipe import Augment
 
 NAMES = auto_augment._RAND_INCREASING_TRANSFORMS
+PLAIN = auto_augment._RAND_TRANSFORMS
 LEVELS = (0.0, 1e-9, 0.03, 0.5, 0.8, 1 - 2**-53)
 
 
@@ -29,11 +30,12 @@ def photo() -> Image.Image:
 
 @pytest.fixture
 def timms(monkeypatch):
-    """timms(magnitude, std, ops, interpolation)(image, draws): timm's RandAugment, as its create_transform makes it,
-    which draws what ours does."""
+    """timms(magnitude, std, ops, interpolation, increasing)(image, draws): timm's RandAugment, as its create_transform
+    makes it, which draws what ours does."""
 
-    def make(magnitude, std, ops, interpolation):
-        name = f"rand-m{magnitude}-n{ops}-mstd{std}-inc1"
+    def make(magnitude, std, ops, interpolation, increasing=True):
+        names = NAMES if increasing else PLAIN
+        name = f"rand-m{magnitude}-n{ops}-mstd{std}" + "-inc1" * increasing
         whole = create_transform(56, is_training=True, auto_augment=name, interpolation=interpolation)
         (policy,) = [each for each in whole.transforms if isinstance(each, auto_augment.RandAugment)]
 
@@ -47,7 +49,7 @@ def timms(monkeypatch):
                 steered.begin(row)
                 found.append(operation)
                 image = posterised(operation, image) if "Posterize" in operation.name else operation(image)
-            assert [each.name for each in found] == [NAMES[int(row[0] * 15)] for row in rows]
+            assert [each.name for each in found] == [names[int(row[0] * 15)] for row in rows]
             return image
 
         return call
@@ -80,11 +82,12 @@ class Steered:
         return NormalDist(mean, deviation).inv_cdf(max(self.level, 2**-54))
 
 
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(("interpolation", "increasing"), [("bilinear", True), ("bicubic", True), ("bicubic", False)])
 @pytest.mark.parametrize("number", range(len(NAMES)), ids=NAMES)
-def test_each_operation_is_timms(photo, timms, number, interpolation):
+def test_each_operation_is_timms(photo, timms, number, interpolation, increasing):
     for magnitude, std in ((9, 0.5), (9, 0.0), (5, 4.0), (0, 0.0), (10, 0.0)):
-        ours, theirs = TimmIncreasing(1, magnitude, std, interpolation), timms(magnitude, std, 1, interpolation)
+        given = interpolation, increasing
+        ours, theirs = TimmPolicy(1, magnitude, std, *given), timms(magnitude, std, 1, *given)
         for level, sign in itertools.product(LEVELS if std else (0.5,), (0.2, 0.7)):
             draws = np.array([(number + 0.5) / len(NAMES), 0.3, level, sign])
             expected = np.asarray(theirs(photo, draws))
@@ -93,7 +96,7 @@ def test_each_operation_is_timms(photo, timms, number, interpolation):
 
 
 def test_operations_follow_each_other_or_are_skipped(photo, timms):
-    ours, theirs, unchanged = TimmIncreasing(3, 9, 0.5, "bicubic"), timms(9, 0.5, 3, "bicubic"), 0
+    ours, theirs, unchanged = TimmPolicy(3, 9, 0.5, "bicubic"), timms(9, 0.5, 3, "bicubic"), 0
     for draws in np.random.default_rng(0).random((80, ours.num_draws)):
         found = ours.on_pixels(np.asarray(photo), draws)
         np.testing.assert_array_equal(found, np.asarray(theirs(photo, draws)))
@@ -103,7 +106,7 @@ def test_operations_follow_each_other_or_are_skipped(photo, timms):
 
 
 def test_operations_levels_and_signs_come_as_often_as_timm_draws_them():
-    policy, count = TimmIncreasing(2, 9, 0.5), 15_000
+    policy, count = TimmPolicy(2, 9, 0.5), 15_000
     draws = np.random.default_rng(1).random((count, policy.num_draws))
     found = [each for row in draws for each in policy.operations(row)]
     assert len(found) == pytest.approx(count, rel=0.03)
@@ -120,7 +123,7 @@ def test_operations_levels_and_signs_come_as_often_as_timm_draws_them():
 
 
 def test_nothing_is_drawn_from_elsewhere(photo):
-    policy, states = TimmIncreasing(2, 9, 0.5, "bicubic"), (random.getstate(), np.random.get_state()[1].copy())
+    policy, states = TimmPolicy(2, 9, 0.5, "bicubic"), (random.getstate(), np.random.get_state()[1].copy())
     for number in range(len(NAMES)):
         row = [(number + 0.5) / len(NAMES), 0.1, 0.4, 0.6]
         policy.on_image(photo, np.array([*row, *row]))
@@ -139,7 +142,9 @@ def test_both_paths_ask_for_what_the_recipe_says(photo):
         randaugment_std=0.5,
     )
     exact, fast = TrainTransform.of(section), FastTrainTransform.of(section)
-    assert exact == TrainTransform(40, interpolation="bicubic", randaugment=TimmIncreasing(2, 8, 0.5, "bicubic"))
+    assert exact == TrainTransform(40, interpolation="bicubic", randaugment=TimmPolicy(2, 8, 0.5, "bicubic"))
+    plain = TrainTransform.of(Augment(randaugment="timm", randaugment_ops=2, randaugment_std=0.5))
+    assert plain.randaugment == TimmPolicy(2, 9, 0.5, increasing=False)
     assert TrainTransform.of(Augment(randaugment_ops=3)) == TrainTransform(224, randaugment=TorchvisionPolicy(3, 9))
     buffer = io.BytesIO()
     photo.save(buffer, "PNG")

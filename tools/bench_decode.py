@@ -32,7 +32,7 @@ from tqdm import tqdm
 from pipeline.augment.device import normalise
 from pipeline.augment.exact import TrainTransform
 from pipeline.augment.fast import FastTrainTransform
-from pipeline.augment.policies import TimmIncreasing, TorchvisionPolicy
+from pipeline.augment.policies import TimmPolicy, TorchvisionPolicy
 from pipeline.data.samples import Transform
 from pipeline.predict import load_run
 from pipeline.record import last_evaluation
@@ -50,7 +50,7 @@ SETTINGS_OF: dict[str, dict[str, Any]] = {
     "crop": {},
     "randaugment": {"randaugment": TorchvisionPolicy(2, 15)},
     "bicubic crop": {"interpolation": "bicubic"},
-    "timm-increasing": {"interpolation": "bicubic", "randaugment": TimmIncreasing(2, 9, 0.5, "bicubic")},
+    "timm-increasing": {"interpolation": "bicubic", "randaugment": TimmPolicy(2, 9, 0.5, "bicubic")},
 }
 SIZES = ((500, 375), (224, 224))
 RECIPE_FILE = "recipes/finetune_1k.py"  # its debug form, with the settings that recipes/demo.py fine-tunes with

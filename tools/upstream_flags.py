@@ -15,8 +15,7 @@ LTM = "learnable token merging (LTM)"
 LABELS = "token labels (LV-ViT)"
 MODEL = "--model picks the recipe, too"
 RANDAUGMENT = (
-    "with inc1 as timm-increasing, n as augment.randaugment_ops, mstd as augment.randaugment_std; without inc1 as "
-    "torchvision, without a spread"
+    "with inc1 as timm-increasing, without it as timm, n as augment.randaugment_ops, mstd as augment.randaugment_std"
 )
 ERASED = "pixel is noise, const mean; rand is not there"
 OFF = "0 switches it off"

@@ -56,18 +56,12 @@ def _randaugment(found: Converted, given: Given) -> None:
             found.remarks["later"].append(f"--aa {policy}: another policy than RandAugment")
         return
     parts = dict(re.findall(r"-([a-z]+)([\d.]+)", policy))
-    increasing, spread = parts.get("inc", "0") != "0", parts.get("mstd", "0")
     texts = {
-        "randaugment": "timm-increasing" if increasing else "torchvision",
+        "randaugment": "timm-increasing" if parts.get("inc", "0") != "0" else "timm",
         "randaugment_ops": parts.get("n", "2"),
         "randaugment_magnitude": parts.get("m", "10"),
-        "randaugment_std": spread if increasing else "0",
+        "randaugment_std": parts.get("mstd", "0"),
     }
     found.fields |= {f"augment.{name}": (text, f"--aa {policy}") for name, text in texts.items()}
-    if not increasing:
-        found.remarks["later"].append(
-            f"--aa {policy}: operations of which some weaken as the magnitude grows (no inc1), and their spread "
-            "(mstd); torchvision's RandAugment is taken"
-        )
     if unknown := sorted(parts.keys() - {"m", "n", "mstd", "inc"}):
         found.remarks["later"].append(f"--aa {policy}: {', '.join(unknown)}")

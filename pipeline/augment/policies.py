@@ -14,7 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN
-from timm.data.auto_augment import _LEVEL_DENOM, _RAND_INCREASING_TRANSFORMS, LEVEL_TO_ARG, NAME_TO_OP, posterize
+from timm.data.auto_augment import (
+    _LEVEL_DENOM,
+    _RAND_INCREASING_TRANSFORMS,
+    _RAND_TRANSFORMS,
+    LEVEL_TO_ARG,
+    NAME_TO_OP,
+    posterize,
+)
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.autoaugment import RandAugment, _apply_op
 
@@ -43,7 +50,8 @@ def policy_of(section: Augment) -> Policy:
     ops, magnitude = section.randaugment_ops, section.randaugment_magnitude
     if section.randaugment == "torchvision":
         return TorchvisionPolicy(ops, magnitude)
-    return TimmIncreasing(ops, magnitude, section.randaugment_std, section.interpolation)
+    increasing = section.randaugment == "timm-increasing"
+    return TimmPolicy(ops, magnitude, section.randaugment_std, section.interpolation, increasing)
 
 
 # --- torchvision's
@@ -103,10 +111,10 @@ def randaugment_operations(image_size: int, magnitude: int) -> tuple[Operation, 
 
 
 @dataclass(frozen=True)
-class TimmIncreasing:
-    """timm's `rand-mM-mstdS-nN-inc1` as its create_transform makes it: N of the increasing operations, each skipped as
-    often as not, of magnitudes from a normal distribution around M of deviation S, cut to 0 .. 10; what comes from
-    outside the image has ImageNet's mean colour.
+class TimmPolicy:
+    """timm's `rand-mM-mstdS-nN-inc1` as its create_transform makes it: N operations, each skipped as often as not, of
+    magnitudes from a normal distribution around M of deviation S, cut to 0 .. 10; what comes from outside the image has
+    ImageNet's mean colour. Not `increasing`, it is timm's without inc1, of whose operations some weaken with M.
 
     timm's own functions do the work; what they draw is drawn from the sample's draws here.
     """
@@ -115,6 +123,7 @@ class TimmIncreasing:
     magnitude: int
     std: float = 0.0
     interpolation: str = "bilinear"
+    increasing: bool = True
 
     @property
     def num_draws(self) -> int:
@@ -122,9 +131,10 @@ class TimmIncreasing:
 
     def operations(self, draws: np.ndarray) -> Iterator[tuple[str, tuple[float, ...]]]:
         """timm's name and arguments of each operation that is not skipped."""
+        names = _RAND_INCREASING_TRANSFORMS if self.increasing else _RAND_TRANSFORMS
         for operation_draw, skip_draw, level_draw, sign_draw in draws.reshape(self.num_ops, 4).tolist():
             if skip_draw < 0.5:
-                name = _RAND_INCREASING_TRANSFORMS[int(operation_draw * len(_RAND_INCREASING_TRANSFORMS))]
+                name = names[int(operation_draw * len(names))]
                 yield name, arguments(name, self.level(level_draw), sign_draw >= 0.5)
 
     def level(self, draw: float) -> float:
@@ -147,15 +157,15 @@ class TimmIncreasing:
 
 
 def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
-    """timm's asks for no bits at all where a magnitude is cut to 10: black, until Pillow refused that (13 does)."""
+    """timm's asks for no bits at all at one end of the magnitudes: black, until Pillow refused that (13 does)."""
     return posterize(image, bits) if bits else Image.new("RGB", image.size)
 
 
-OPERATIONS: dict[str, Any] = NAME_TO_OP | {"PosterizeIncreasing": _posterize}
+OPERATIONS: dict[str, Any] = NAME_TO_OP | {"Posterize": _posterize, "PosterizeIncreasing": _posterize}
 
 
 def arguments(name: str, level: float, negative: bool) -> tuple[float, ...]:
-    """Of one of timm's increasing operations: what LEVEL_TO_ARG makes of a magnitude of 0 to 10, where that draws no
+    """Of one of timm's operations: what LEVEL_TO_ARG makes of a magnitude of 0 to 10, where that draws no
     sign, and what it would make of this sign, where it does."""
     sign, share = -1 if negative else 1, level / _LEVEL_DENOM
     if name in WARPS:

@@ -58,8 +58,9 @@ class Augment:
     """Antialiased filter that resizes the crop."""
     hflip: float = 0.5
     """Probability of a horizontal flip."""
-    randaugment: Literal["torchvision", "timm-increasing"] = "torchvision"
-    """RandAugment as torchvision has it, or timm's rand-...-inc1, which skips each operation as often as not."""
+    randaugment: Literal["torchvision", "timm", "timm-increasing"] = "torchvision"
+    """RandAugment as torchvision has it; or timm's, which skips each operation as often as not: rand-..., of whose
+    operations some weaken as the magnitude grows, or rand-...-inc1, of which none does."""
     randaugment_ops: int = 0
     """RandAugment operations a sample; 0 switches RandAugment off."""
     randaugment_magnitude: int = 9
