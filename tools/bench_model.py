@@ -1,6 +1,6 @@
 """How fast our models are beside the ViT of timm of the same class: latency, and a training step.
 
-A ViTTM has the width and depth of its ViT; T2T-ViT-14 has about the parameters of ViT-S.
+A ViTTM has the width and depth of its ViT; T2T-ViT-14 has about the parameters of ViT-S; LTM is its ViT, at ratio 0.8.
 
 Both models of a pair take turns on the same images, a forward pass each in eval mode, and a step of each: forward,
 backward, AdamW, as the recipes train (the loss of both heads of ViTTM). The first turn does not count. On CUDA each
@@ -33,6 +33,8 @@ PEERS = {
     "vittm_base": "vit_base_patch16_224",
     "t2t_vit_14": "vit_small_patch16_224",
     "t2t_vit_t_14": "vit_small_patch16_224",
+    "ltm_vit_small": "vit_small_patch16_224",
+    "ltm_vit_base": "vit_base_patch16_224",
 }
 PACKAGES = ("torch", "timm")
 Pass = Callable[[], object]

@@ -4,7 +4,6 @@ Shapes: B batch, N tokens of patches, K those that are kept, n those that a roun
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from math import inf, prod
@@ -15,6 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.models.precision import no_autocast
 from pipeline.models.vittm import ViTTM
 from pipeline.recipe import TokenExpansion as Options
 from shards.errors import UserError
@@ -76,7 +76,7 @@ class TokenExpansion(nn.Module):
         num_tokens = tokens.shape[1] - sum(apart)
         sizes = (apart[0], num_tokens, apart[1])
         prefix, patches, suffix = tokens.split(sizes, dim=1)
-        with _full_precision(tokens.device):
+        with no_autocast(tokens.device):  # it would round the tokens, and the likenesses by which they are ranked
             selected, target = _select(patches, schedule(num_tokens, self.options, self.stage), self.options.distance)
             merged = _merge(patches, target, selected.shape[1])
         first, _, last = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1).split(sizes, dim=1)
@@ -168,12 +168,6 @@ def _merge(patches: Tensor, target: Tensor, num_selected: int) -> Tensor:
     numbers = torch.arange(num_selected, device=patches.device).unsqueeze(1)
     belongs = (target.unsqueeze(1) == numbers).to(patches.dtype)  # (B, K, N)
     return belongs @ patches / belongs.sum(dim=2, keepdim=True)
-
-
-def _full_precision(device: torch.device) -> AbstractContextManager:
-    """Autocast would round the tokens, and the likenesses by which they are ranked."""
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,13 @@ Shapes: B batch, N tokens, C width of a token, c token_dim. Names of weights are
 """
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.models.precision import no_autocast
 from shards.errors import UserError
 
 Grid = tuple[int, int]
@@ -80,7 +80,7 @@ class PerformerLayer(nn.Module):
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Each (B, N, dim). In single precision at least: exponentials and their sums over N outgrow 16 bits."""
         kind = value.dtype
-        with _no_autocast(value.device.type):
+        with no_autocast(value.device):
             query, key, value = (part.to(torch.promote_types(kind, torch.float32)) for part in (query, key, value))
             query, key = self.features(query), self.features(key)
             total = (query * key.sum(dim=1, keepdim=True)).sum(dim=-1, keepdim=True)
@@ -123,11 +123,6 @@ class TokensToToken(nn.Module):
         tokens = self.attention1(split(images, SPLITS[0]))
         tokens = self.attention2(split(as_map(tokens, grid), SPLITS[1]))
         return self.project(split(as_map(tokens, grid_of(grid, SPLITS[1:2])), SPLITS[2]))
-
-
-def _no_autocast(device: str) -> AbstractContextManager[object]:
-    """torch refuses even to switch autocast off where it has none, as on the meta device."""
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def split(maps: Tensor, how: tuple[int, int, int]) -> Tensor:
