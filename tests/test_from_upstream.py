@@ -10,7 +10,7 @@ import pytest
 import ranks
 
 from pipeline.recipe import Augment, Optimizer, Recipe, Schedule, TokenExpansion, flatten, parse
-from recipes import finetune_1k, pretrain_21k
+from recipes import finetune_1k, ltm, pretrain_21k
 from tools.from_upstream import main, table
 from tools.upstream_flags import LAUNCHERS, PROGRAMS
 
@@ -51,7 +51,7 @@ def converted(command: str, tmp_path, capsys, code: int = 0) -> tuple[str, str]:
 def recipe_of(text: str, module, options: list[str], tmp_path) -> Recipe:
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
-    return parse(module.make, module.MODELS, "", [*options, "--recipe", str(path)], module.VARIANTS)
+    return parse(module.make, module.MODELS, "", [*options, "--recipe", str(path)], getattr(module, "VARIANTS", ()))
 
 
 def changes(recipe: Recipe, base: Recipe) -> dict[str, object]:
@@ -198,7 +198,7 @@ def test_flags_of_timm(flags, expected, remark, tmp_path, capsys):
     assert f"# {remark}" in told
 
 
-def test_efficient_train_and_ltm(tmp_path, capsys):
+def test_efficient_train(tmp_path, capsys):
     told, _ = converted((COMMANDS / "efficienttrain_deit_small.txt").read_text(), tmp_path, capsys)
     recipe = recipe_of(told, finetune_1k, ["--model", "deit_small_patch16_224"], tmp_path)
     assert (recipe.data.global_batch, recipe.schedule.lr, recipe.schedule.warmup) == (4096, 4e-3, "20 epochs")
@@ -209,16 +209,17 @@ def test_efficient_train_and_ltm(tmp_path, capsys):
     )
     assert (recipe.label_smoothing, recipe.ema_decay, recipe.evaluation.crop_pct) == (0.1, 0, 0.875)
     assert "# not there yet: EfficientTrain: images of 160, 192, then 224 px" in told
+
+
+def test_the_command_of_ltm_is_our_recipe(tmp_path, capsys):
     told, errors = converted((COMMANDS / "ltm_mobilevit_s.txt").read_text(), tmp_path, capsys)
-    recipe = recipe_of(told, finetune_1k, [], tmp_path)
-    assert (recipe.data.global_batch, recipe.schedule.lr, recipe.schedule.min_lr) == (256, 2e-4, 2e-5)
-    assert (recipe.ema_decay, recipe.augment.erasing, recipe.checkpoint.keep) == (0.9995, 0.2, 20)
-    assert (recipe.augment.erasing_fill, recipe.label_smoothing, recipe.optimizer.decay) == ("noise", 0.1, "matrices")
-    assert (recipe.augment.mixup, recipe.augment.cutmix, recipe.schedule.cosine_per) == (False, False, "epoch")
-    assert (recipe.augment.randaugment, recipe.augment.randaugment_std) == ("torchvision", 0)
-    assert "# not there yet: --aa rand-m9-mstd0.5: operations of which some weaken" in told
-    assert "# not there yet: --model ltm_mobilevit_s: learnable token merging (LTM)\n" in told
-    assert "model.name" not in fields(told)
+    recipe, ours = recipe_of(told, ltm, [], tmp_path), ltm.make("ltm_mobilevit_s", False)
+    off = {"augment.mixup_alpha": 0.0, "augment.cutmix_alpha": 0.0}
+    differs = {"run_dir": "your-output-path-saving-results", "runtime.precision": "fp16"}
+    assert changes(recipe, ours) == off | differs
+    assert "--num_processes 4 recipes/ltm.py --model ltm_mobilevit_s --recipe RECIPE.yaml" in told.splitlines()[1]
+    assert "# not there yet: --train-interpolation random by default: bilinear or bicubic, drawn for each image" in told
+    assert fields(told)["model.compression_ratio"] == "0.8"
     assert errors == (
         "contradiction: --warmup-epochs 5 beside --warmup-lr 0.0002, which is --lr itself: the warm-up only puts the "
         "cosine off\n"

@@ -57,7 +57,7 @@ def lines(given: Given, found: Converted) -> Iterator[str]:
     elif "model.name" in found.fields:
         yield f"# {command_line(given)}"
     else:
-        yield "# no command: its model is not there yet; the fields are good for --recipe with another one"
+        yield "# no command: --model is not given; the fields are good for --recipe with one"
     for name, (text, why) in found.fields.items():
         yield f"{name}: {_quoted(text)}  # {why}"
     if found.open:

@@ -71,6 +71,8 @@ def command_line(given: Given) -> str:
     if given.program is VITTM:
         recipe, size = RECIPES[given.text("--dataset")], "small" if "small" in model else "base"
         base = f"{'deittm' if model.startswith('deittm') else 'vittm'}_{size}"
+    elif model.startswith("ltm_"):
+        recipe, base = "ltm", model
     else:
         recipe, base = "finetune_1k", "deit_base_patch16_224" if "_base" in model else "deit_small_patch16_224"
     processes = f" --num_processes {given.ranks}" if given.ranks > 1 else ""
@@ -191,10 +193,6 @@ def _deit(found: Converted, given: Given) -> None:
 
 def _timm(found: Converted, given: Given) -> None:
     _only_cosine(given, "--sched")
-    model = given.text("--model")
-    if model.startswith("ltm_"):
-        del found.fields["model.name"]
-        found.remarks["later"].append(f"--model {model}: {given.flag('--compression-ratio').remark.partition(';')[0]}")
     if "--warmup-lr" in given.values and given.number("--warmup-lr") == given.number("--lr"):
         found.contradictions.append(
             f"--warmup-epochs {given.text('--warmup-epochs')} beside --warmup-lr {given.text('--warmup-lr')}, which is "

@@ -11,7 +11,6 @@ IMAGES = "the images are made into shards first (tools/make_shards.py), where da
 CLASSES = "the index of the shards knows its classes"
 PINNED = "memory is pinned on CUDA always"
 BATCH = "a rank's; the global batch is the same on any number of ranks"
-LTM = "learnable token merging (LTM)"
 LABELS = "token labels (LV-ViT)"
 MODEL = "--model picks the recipe, too"
 RANDAUGMENT = (
@@ -225,7 +224,7 @@ TIMM = Program(
     "LTM (timm)",
     ("distributed_train.sh", "train.py"),
     (
-        Flag("--model", "model.name", f"ltm_*: not there yet: {LTM}"),
+        Flag("--model", "model.name", "ltm_* picks recipes/ltm.py, too"),
         Flag("-b --batch-size", "data.global_batch", BATCH, default="128"),
         Flag("--workers -j", "data.workers", default="4"),
         said("--pin-mem", PINNED, ""),
@@ -255,7 +254,7 @@ TIMM = Program(
         Flag("--smoothing", "label_smoothing", default="0.1"),
         Flag("--crop-pct", "evaluation.crop_pct"),
         Flag("--checkpoint-hist", "checkpoint.keep"),
-        later("--compression-ratio", f"{LTM}; the authors' public code has no such flag"),
+        Flag("--compression-ratio", "model.compression_ratio", "the authors' public code has no such flag"),
         Flag("--output", "run_dir"),
     ),
     BY_TIMM | {"loss": "ce", "model.init_from": "none"},
