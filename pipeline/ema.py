@@ -15,20 +15,21 @@ from pipeline.sharded import Shard
 class Engine(Protocol):
     """The part of a Backend that is needed here."""
 
-    def shards(self) -> list[Shard]: ...
+    def averaged(self) -> list[Shard]: ...
     def publish(self) -> None: ...
 
 
 class EMA:
     """average <- decay * average + (1 - decay) * weights, after every optimizer step; the first update copies.
 
-    Each rank averages the pieces that it holds of the fp32 weights. Nothing is ever gathered.
+    Each rank averages the pieces that it holds of the fp32 weights, and, as timm does, what batch norms have seen.
+    Nothing is ever gathered.
     """
 
     def __init__(self, engine: Engine, decay: float) -> None:
         self.engine = engine
         self.shards = [
-            dataclasses.replace(shard, tensor=torch.zeros_like(shard.tensor)) for shard in self.engine.shards()
+            dataclasses.replace(shard, tensor=torch.zeros_like(shard.tensor)) for shard in self.engine.averaged()
         ]
         self.num_updates = 0
         self.swapped = False
@@ -69,7 +70,7 @@ class EMA:
 
     def _pairs(self) -> tuple[list[Tensor], list[Tensor]]:
         """The averages that this rank holds, and the weights that they follow."""
-        weights = self.engine.shards()
+        weights = self.engine.averaged()
         return [shard.tensor for shard in self.shards if len(shard.tensor)], [
             shard.tensor for shard in weights if len(shard.tensor)
         ]

@@ -106,7 +106,9 @@ def debug(model: str) -> Recipe:
         ),
         model=replace(full.model, **NARROW[model]),  # type: ignore[arg-type] # fields of Model
         bottleneck=replace(full.bottleneck, centroids=50, iterations=20, samples=500),
-        schedule=replace(full.schedule, length="60 epochs" if "ltm_vit" in model else "20 epochs", lr=2e-3, warmup_lr=1e-4),
+        schedule=replace(
+            full.schedule, length="60 epochs" if "ltm_vit" in model else "20 epochs", lr=2e-3, warmup_lr=1e-4
+        ),
         evaluation=replace(full.evaluation, every="25%", batch=128),
         checkpoint=Checkpoint(every="25%"),
         runtime=Runtime(log_every="20 steps"),

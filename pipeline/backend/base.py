@@ -1,5 +1,6 @@
 """What the trainer, the checkpoint and the averages ask of a backend."""
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.backend.engine_files import EngineWriter
+from pipeline.backend.statistics import Statistics
 from pipeline.backend.world import World
 from pipeline.recipe import Recipe
 from pipeline.sharded import Shard
@@ -108,9 +110,20 @@ class Backend(ABC):
         """Brings the backend into the state it has after its first steps, where that changes the order of sums. Raises
         Stopped where a rank is signalled to stop."""
 
-    @abstractmethod
+    @functools.cached_property
+    def statistics(self) -> Statistics:
+        return Statistics(self.module)
+
     def step(self, criterion: Criterion, batches: Sequence[Mixed]) -> Stepped:
         """One optimizer step over the micro-batches of this rank; none where a loss or the norm is not finite."""
+        before = self.statistics.copy()
+        stepped = self._step(criterion, batches)
+        self.statistics.settle(before, stepped.applied, self.world)
+        return stepped
+
+    @abstractmethod
+    def _step(self, criterion: Criterion, batches: Sequence[Mixed]) -> Stepped:
+        """The same, of what the optimizer updates."""
 
     def trained(self) -> list[tuple[str, nn.Parameter]]:
         """The trainable parameters by their names."""
@@ -120,8 +133,12 @@ class Backend(ABC):
     def shards(self) -> list[Shard]:
         """This rank's piece of every trainable parameter in fp32, sharing the storage that the optimizer updates."""
 
+    def averaged(self) -> list[Shard]:
+        """What an average follows: `shards()`, and the statistics of batch norms, which belong to the weights."""
+        return self.shards() + self.statistics.shards()
+
     def publish(self) -> None:  # noqa: B027 - in most backends the model computes with the pieces themselves
-        """Makes the model compute with what was written into `shards()` by hand; every rank calls it."""
+        """Makes the model compute with what was written into `averaged()` by hand; every rank calls it."""
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.module.parameters())

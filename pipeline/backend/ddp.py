@@ -44,7 +44,7 @@ class DDP(Backend):
     def module(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.model)
 
-    def step(self, criterion: Criterion, batches: Sequence[Mixed]) -> Stepped:
+    def _step(self, criterion: Criterion, batches: Sequence[Mixed]) -> Stepped:
         while True:
             losses = self._backward(criterion, batches)
             if not isfinite(losses[-1]):

@@ -58,7 +58,7 @@ class DeepSpeed(Backend):
     def module(self) -> nn.Module:
         return self.engine.module
 
-    def step(self, criterion: Criterion, batches: Sequence[Mixed]) -> Stepped:
+    def _step(self, criterion: Criterion, batches: Sequence[Mixed]) -> Stepped:
         losses: list[float] = []
         for batch in batches:
             with self.accelerator.accumulate(self.model):

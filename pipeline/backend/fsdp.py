@@ -27,7 +27,7 @@ class FSDP(Backend):
     def name(self) -> str:
         return "fsdp"
 
-    def step(self, criterion: Criterion, batches: Sequence[Mixed]) -> Stepped:
+    def _step(self, criterion: Criterion, batches: Sequence[Mixed]) -> Stepped:
         losses: list[float] = []
         for position, batch in enumerate(batches, start=1):
             self._synchronise(position == len(batches))

@@ -71,6 +71,13 @@ class World:
         self.goes_on()
         return tensor
 
+    def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Rank 0's tensor, which has the shape that all have, in place, on its own device."""
+        if self.size > 1:
+            dist.broadcast(tensor, src=0, group=self.group)
+        self.goes_on()
+        return tensor
+
     def gather(self, value: T) -> list[T]:
         """The value of every rank, in rank order."""
         values = [value] * self.size

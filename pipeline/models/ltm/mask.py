@@ -91,7 +91,9 @@ class MaskModule(nn.Module):
         """The mask of the block before, averaged to (B, N, P)."""
         before = previous.groups.shape[1]
         dense = previous.dense(self.num_merged(before))
-        return dense if before == num_tokens else F.adaptive_avg_pool2d(dense, (num_tokens, self.num_merged(num_tokens)))
+        return (
+            dense if before == num_tokens else F.adaptive_avg_pool2d(dense, (num_tokens, self.num_merged(num_tokens)))
+        )
 
 
 def middles(num_tokens: int, num_parts: int, device: torch.device) -> Tensor:

@@ -106,7 +106,9 @@ class LTMSwin(_Chained, SwinTransformer):
 
     kinds: ClassVar = {SwinTransformerBlock: SwinBlock}
 
-    def __init__(self, *, width_factor: float = 1.0, embed_dim: int, num_heads: tuple[int, ...], **options: Any) -> None:
+    def __init__(
+        self, *, width_factor: float = 1.0, embed_dim: int, num_heads: tuple[int, ...], **options: Any
+    ) -> None:
         width, *heads = _scaled((embed_dim, *num_heads), width_factor)
         super().__init__(embed_dim=width, num_heads=tuple(heads), **options)
 
