@@ -7,7 +7,6 @@ Exit code 0: the picture is written; 2: it cannot be made, and why.
 """
 
 import argparse
-import io
 import sys
 from collections.abc import Sequence
 from math import prod
@@ -24,8 +23,8 @@ from pipeline.models.vittm import ViTTM
 from pipeline.models.vittm.attention import Stream, attention_maps, head_type, streams
 from pipeline.predict import Trained, load_run
 from pipeline.telemetry.attention_picture import Grid, Picture, Row, draw
-from shards.durable import atomic_file
 from shards.errors import UserError
+from tools.pictures import check_output, place, read_pixels, write
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,38 +51,19 @@ def _parser() -> argparse.ArgumentParser:
     add("image", type=Path, metavar="IMAGE", help="a JPEG or PNG; it is resized and cropped as in evaluation")
     add("-o", "--output", type=Path, required=True, metavar="PNG", help="the picture")
     patches = "patches that ask, from 0,0 (default: five around the middle)"
-    add("--patches", type=_place, nargs="+", metavar="ROW,COLUMN", help=patches)
+    add("--patches", type=place, nargs="+", metavar="ROW,COLUMN", help=patches)
     add("--blocks", type=int, nargs="+", metavar="N", help="blocks, from 0 (default: all)")
     add("--head", type=int, metavar="H", help="one attention head, from 0 (default: the mean over all)")
     add("--write", action="store_true", help="memory patches ask, and take from process patches")
     return parser
 
 
-def _place(text: str) -> Grid:
-    row, _, column = text.partition(",")
-    if not (row.isdecimal() and column.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text!r} is no patch: give its row and column, as in 2,3")
-    return int(row), int(column)
-
-
 def _show(arguments: argparse.Namespace) -> None:
-    _check_output(arguments.output)
+    check_output(arguments.output)
     run = load_run(arguments.checkpoint)
     model = _vittm(run)
-    pixels = _pixels(arguments.image, EvalTransform.of(run.recipe))
-    sheet = draw(_picture(arguments, run, model, pixels))
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    with atomic_file(arguments.output) as file:
-        file.write(buffer.getvalue())
-    print(f"{arguments.output}: {sheet.width} x {sheet.height} pixels")
-
-
-def _check_output(path: Path) -> None:
-    if path.suffix.lower() != ".png":
-        raise UserError(f"-o {path}: the picture is a PNG; give a name that ends in .png")
-    if not path.parent.is_dir():
-        raise UserError(f"-o {path}: there is no directory {path.parent}; make it, or give another one")
+    pixels = read_pixels(arguments.image, EvalTransform.of(run.recipe))
+    write(draw(_picture(arguments, run, model, pixels)), arguments.output)
 
 
 def _vittm(run: Trained) -> ViTTM:
@@ -93,16 +73,6 @@ def _vittm(run: Trained) -> ViTTM:
             "give a run of a ViTTM (vittm_* or deittm_*)"
         )
     return run.model
-
-
-def _pixels(path: Path, transform: EvalTransform) -> NDArray[np.uint8]:
-    """uint8 [S, S, 3]: the image as evaluation sees it."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give a JPEG or PNG")
-    try:
-        return transform(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path}: {error}; give a JPEG or PNG") from error
 
 
 def _picture(arguments: argparse.Namespace, run: Trained, model: ViTTM, pixels: NDArray[np.uint8]) -> Picture:

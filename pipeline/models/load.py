@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from pipeline.models.ltm import LTM
 from pipeline.models.vittm import ViTTM
 from pipeline.models.vittm.trunk import from_trunk
 from shards.errors import UserError
@@ -32,7 +33,8 @@ def load_start(model: nn.Module, path: str | Path, *, new_heads: bool) -> Loaded
     position tables of another image size are resized as timm resizes them.
 
     With `new_heads` the classifiers (timm's `get_classifier`) of a freshly built model stay as they are, whatever the
-    file has for them; without, they are loaded, and must match like everything else.
+    file has for them; without, they are loaded, and must match like everything else. With it, too, an LTM may start
+    from the model without merging: its mask modules stay as they are then.
     Raises UserError for a file that is missing, is not safetensors, or holds another model; nothing is loaded then.
     """
     return load_weights(model, read_weights(path), str(path), new_heads=new_heads)
@@ -65,7 +67,9 @@ class _Fitted:
 def _fit(model: nn.Module, stored: Mapping[str, Tensor], source: str, new_heads: bool) -> _Fitted:
     heads = _classifier_prefixes(model)
     fresh = heads if new_heads else ()
-    wanted = [name for name in model.state_dict() if not name.startswith(fresh)]
+    added = model.mask_names() if new_heads and isinstance(model, LTM) else []
+    lacking = () if any(name in stored for name in added) else added
+    wanted = [name for name in model.state_dict() if not name.startswith(fresh) and name not in lacking]
     given = {name: tensor for name, tensor in stored.items() if not name.startswith(fresh)}
     resized = _resized_tables(model, given)
     if misfits := _misfits(model, wanted, given | resized):

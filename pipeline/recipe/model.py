@@ -46,9 +46,9 @@ class Model:
     """T2T-ViT: factor of the products of queries and keys in its blocks, for weights that its authors published
     embed_dim^-0.5; None: (embed_dim / num_heads)^-0.5."""
     compression_ratio: float | None = None
-    """LTM: share of its tokens that a block keeps; 1 merges none."""
+    """LTM: share of its tokens that a block keeps, above 0; 1: all, as in the model without merging."""
     width_factor: float | None = None
-    """LTM's Swin and EfficientViT: width over that of the size; MobileViT: that of its convolutions."""
+    """LTM's Swin and EfficientViT, and MobileViT's convolutions: widths over those of the size."""
     patch_size: int | None = None
     """ViT and DeiT: side of a patch, in pixels."""
     embed_dim: int | None = None

@@ -88,7 +88,7 @@ class SwinBlock(Merging, SwinTransformerBlock):
         mask = self.mask(tokens, previous)
         merged = mask.merge(tokens).reshape(batch, -1, width)  # as one sequence: DropPath drops whole samples
         merged = merged + self.drop_path2(self.mlp(self.norm2(merged)))
-        tokens = mask.unmerge(merged.reshape(len(tokens), -1, width))
+        tokens = mask.unmerge(merged.reshape(tokens.shape[0], -1, width))
         return window_reverse(tokens, window, rows, columns), mask.merges()
 
     @staticmethod

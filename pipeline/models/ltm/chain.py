@@ -30,11 +30,10 @@ class Chain(nn.Sequential):
             self.kept = () if self.training else merges
         return x
 
-    def masks(self) -> list[Tensor]:
-        """Those that are kept, (B, N, P) each."""
+    def merging(self) -> list[tuple[Merging, Merges]]:
+        """The blocks that merge, and their masks as far as they are kept."""
         blocks = [block for block in self if isinstance(block, Merging)]
-        pairs = zip(self.kept, blocks, strict=False)
-        return [merges.dense(block.mask.num_merged(merges.groups.shape[1])) for merges, block in pairs]
+        return list(zip(blocks, self.kept, strict=False))
 
     def _run(self, block: nn.Module, x: Tensor, previous: Merges | None) -> tuple[Tensor, Merges]:
         if self.grad_checkpointing and torch.is_grad_enabled():

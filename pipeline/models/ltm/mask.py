@@ -77,7 +77,7 @@ class MaskModule(nn.Module):
         with no_autocast(tokens.device):
             unit = F.normalize(tokens.to(torch.promote_types(tokens.dtype, torch.float32)), dim=-1)
             anchors = middles(num_tokens, num_merged, tokens.device)
-            logits = unit @ unit[:, anchors].mT / self._tau(unit.dtype)
+            logits = unit @ unit.index_select(1, anchors).mT / self._tau(unit.dtype)
             if self.scalar is not None:
                 assert previous is not None, "this block is not the first of its stage: it takes the mask before it"
                 logits = logits + self.scalar.to(unit.dtype) * self._pooled(previous, num_tokens).to(unit.dtype)
@@ -104,7 +104,7 @@ def middles(num_tokens: int, num_parts: int, device: torch.device) -> Tensor:
 def _mask(logits: Tensor, anchors: Tensor) -> Mask:
     soft = logits.softmax(dim=-1)
     own = torch.arange(len(anchors), device=anchors.device)
-    groups = logits.argmax(dim=-1).index_copy(1, anchors, own.expand(len(logits), -1))
+    groups = logits.argmax(dim=-1).index_copy(1, anchors, own.expand(logits.shape[0], -1))
     hard = torch.zeros_like(soft).scatter(2, groups.unsqueeze(2), 1.0)
     hard = (hard - soft.detach()) + soft  # exactly 0 and 1, in this order
     chosen = hard * soft
@@ -155,17 +155,18 @@ class _Unmerge(Function):
 
 def _sum_of(tokens: Tensor, groups: Tensor, num_groups: int) -> Tensor:
     """The sum of every group's tokens: (B, N, D) -> (B, num_groups, D)."""
-    sums = tokens.new_zeros(len(tokens) * num_groups, tokens.shape[2])
-    return sums.index_add(0, _rows(groups, num_groups), tokens.flatten(0, 1)).unflatten(0, (len(tokens), num_groups))
+    batch, _, width = tokens.shape
+    sums = tokens.new_zeros(batch * num_groups, width)
+    return sums.index_add(0, _rows(groups, num_groups), tokens.flatten(0, 1)).view(batch, num_groups, width)
 
 
 def _value_of(merged: Tensor, groups: Tensor) -> Tensor:
     """Of every token its group's row: (B, P, D) -> (B, N, D)."""
     rows = _rows(groups, merged.shape[1])
-    return merged.flatten(0, 1).index_select(0, rows).unflatten(0, tuple(groups.shape))
+    return merged.flatten(0, 1).index_select(0, rows).view(*groups.shape, -1)
 
 
 def _rows(groups: Tensor, num_groups: int) -> Tensor:
     """The groups of all samples, numbered through: (B N,)."""
-    firsts = num_groups * torch.arange(len(groups), device=groups.device)
+    firsts = num_groups * torch.arange(groups.shape[0], device=groups.device)
     return (groups + firsts.unsqueeze(1)).flatten()

@@ -46,7 +46,8 @@ class LTM(nn.Module):
     def merge_map(self) -> list[Tensor]:
         """The masks G of the last forward pass in eval mode, of every block from the first to the last: (B S, N, P),
         where the S sets of tokens of an image merge apart; [] before one, and at ratio 1."""
-        return [mask for stage in self.chains() for mask in stage.masks()]
+        merging = [pair for stage in self.chains() for pair in stage.merging()]
+        return [merges.dense(block.mask.num_merged(merges.groups.shape[1])) for block, merges in merging]
 
     def mask_names(self) -> list[str]:
         """Names of the weights that the model without merging lacks."""
@@ -127,10 +128,10 @@ class LTMEfficientViT(LTM, EfficientVit):
     def __init__(
         self,
         *,
-        width_factor: float = 1.0,
-        img_size: int | tuple[int, int] = 224,
         widths: tuple[int, ...],
         head_widths: tuple[int, ...],
+        width_factor: float = 1.0,
+        img_size: int | tuple[int, int] = 224,
         **options: Any,
     ) -> None:
         widths, head_widths = _scaled(widths, width_factor), _scaled(head_widths, width_factor)
