@@ -127,6 +127,7 @@ def stop(recipe: Recipe, world: World, after: int, kind: type[Whole]) -> None:
             signal.raise_signal(signal.SIGTERM)
         return criterion(outputs, targets)
 
+    signalled.state = criterion.state
     learner = dataclasses.replace(run.learner, criterion=signalled)
     assert train(dataclasses.replace(run, learner=learner)) == "requeue"
     run.learner.backend.close()

@@ -61,14 +61,14 @@ def test_training_goes_on_while_a_copy_is_committed(behind, make_backend, train,
     train(backend, 1)
     expected = {shard.name: shard.tensor.clone() for shard in backend.shards()}
     averages = Shard("w", torch.ones(2), 0, 2)
-    path = behind.save(1, before_writing(backend, go_on.wait), [averages], {})
+    path = behind.save(1, before_writing(backend, go_on.wait), {"ema": [averages]}, {})
     train(backend, 2)
     averages.tensor.zero_()
     assert behind.newest() is None
     go_on.set()
     behind.wait()
     assert behind.newest() == path
-    behind.load(path, backend, [averages])
+    behind.load(path, backend, {"ema": [averages]})
     found = {shard.name: shard.tensor for shard in backend.shards()}
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     assert averages.tensor.tolist() == [1.0, 1.0]
