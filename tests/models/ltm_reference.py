@@ -17,10 +17,12 @@ import pipeline.models  # noqa: F401 - fills the registry
 SIDES = {"ltm_vit_small": 32, "ltm_swin_tiny": 48, "ltm_mobilevit_xs": 96, "ltm_efficientvit_b1": 64}
 SMALL = {
     "ltm_vit_small": {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3},
-    "ltm_swin_tiny": {"img_size": 48, "window_size": 4, "embed_dim": 24, "depths": (2, 2), "num_heads": (1, 2)},
+    "ltm_swin_tiny": {
+        "img_size": 48, "window_size": 4, "embed_dim": 24, "depths": (2, 2), "num_heads": (1, 2), "drop_path_rate": 0.0
+    },
     "ltm_mobilevit_xs": {"width_factor": 0.5},
     "ltm_efficientvit_b1": {"width_factor": 0.25},
-}
+}  # fmt: skip
 FAMILIES = tuple(SMALL)
 Masks = list[Tensor]
 
@@ -120,8 +122,8 @@ def efficientvit(block: nn.Module, x: Tensor, masks: Masks | None) -> tuple[Tens
     inner = F.hardswish(merged @ first.weight[:, :, 0, 0].T + first.bias)
     inner = convolutions.depth_conv((hard @ inner).T.reshape(1, -1, *x.shape[1:]))[0].flatten(1)
     inner = merging.T @ inner.T @ last.conv.weight[:, :, 0, 0].T
-    scale = last.bn.weight / (last.bn.running_var + last.bn.eps).sqrt()
-    merged = merged + (inner - last.bn.running_mean) * scale + last.bn.bias
+    scale = last.norm.weight / (last.norm.running_var + last.norm.eps).sqrt()
+    merged = merged + (inner - last.norm.running_mean) * scale + last.norm.bias
     return (hard @ merged).T.reshape(x.shape), [merging]
 
 

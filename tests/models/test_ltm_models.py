@@ -33,6 +33,7 @@ def shallow(name: str, made_of: str, **more: object) -> nn.Module:
 
 def trained(model: nn.Module, given: Tensor) -> dict[str, Tensor]:
     """Answers, and the gradients of all weights."""
+    torch.manual_seed(2)  # of what is dropped
     model.zero_grad()
     answers = model(given)
     nn.functional.cross_entropy(answers, torch.arange(len(answers))).backward()
@@ -138,7 +139,16 @@ def test_checkpointing_saves_memory():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at it
-@pytest.mark.parametrize(("name", "every"), zip(FAMILIES, (1, 0, 0, 0), strict=True))
+@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be instantiated")  # it does
+@pytest.mark.parametrize(
+    ("name", "every"),
+    [
+        ("ltm_vit_small", 1),
+        pytest.param("ltm_swin_tiny", 0, marks=pytest.mark.soak),
+        pytest.param("ltm_mobilevit_xs", 0, marks=pytest.mark.soak),
+        ("ltm_efficientvit_b1", 0),
+    ],
+)
 def test_compiled_layers_have_no_graph_break(name, every):
     torch._dynamo.reset()
     counters.clear()
@@ -153,10 +163,17 @@ def test_compiled_layers_have_no_graph_break(name, every):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", ["ltm_vit_small", "ltm_efficientvit_b1"])
-def test_is_exported_to_torch_and_onnx(name):
-    model = timm.create_model(name, num_classes=7, **SMALL[name] | ({"img_size": 32} if "vit" in name else {}))
-    check_exports(model, any_batch=True)
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("ltm_vit_small", {"img_size": 32}),
+        pytest.param("ltm_swin_tiny", {"img_size": 32}, marks=pytest.mark.soak),
+        pytest.param("ltm_mobilevit_xs", {}, marks=pytest.mark.soak),
+        pytest.param("ltm_efficientvit_b1", {}, marks=pytest.mark.soak),
+    ],
+)
+def test_is_exported_to_torch_and_onnx(name, changed):
+    check_exports(timm.create_model(name, num_classes=7, **SMALL[name] | changed), any_batch=True)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
