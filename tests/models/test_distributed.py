@@ -4,6 +4,7 @@ import json
 from functools import partial
 from pathlib import Path
 
+import ltm_reference
 import pytest
 import ranks
 import timm
@@ -44,9 +45,10 @@ T2T_VIT = {"T2T transformer": {"tokens_type": "transformer"}, "T2T performer": {
 SMALL_T2T = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3, "token_dim": 16, "num_classes": 7}
 EXPANDED = {"token expansion": "vit_tiny_patch16_224", "token expansion of DeiT": "deit_tiny_distilled_patch16_224"}
 SMALL_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}
+LTM = {"LTM of ViT": ("ltm_vit_small", {}), "LTM of MobileViT": ("ltm_mobilevit_xs", {"compression_ratio": 0.5})}
 PAIRS = [
     *((name, strategy) for name in VITTM for strategy in STRATEGIES),
-    *((name, strategy) for name in (*T2T_VIT, *EXPANDED) for strategy in ("fsdp", "zero2")),
+    *((name, strategy) for name in (*T2T_VIT, *EXPANDED, *LTM) for strategy in ("fsdp", "zero2")),
 ]
 STEPS, BATCH = 3, 4
 TOLERANCE = 1e-5
@@ -73,6 +75,8 @@ def build(name: str) -> nn.Module:
         model = timm.create_model(EXPANDED[name], **SMALL_VIT)
         expansion = TokenExpansion((0,), (0.5,), 0.25, 2, num_prefix_tokens=model.num_prefix_tokens)
         return expand_tokens(model, expansion)
+    if name in LTM:  # norms of batches are those of evaluation: a rank's are of its own samples
+        return ltm_reference.build(LTM[name][0], **LTM[name][1])
     model = T2TViT(**SMALL_T2T | T2T_VIT[name])
     for layer in model.modules():
         if isinstance(layer, nn.Dropout):  # ranks draw their own
