@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from pipeline.recipe.model import Model
+from pipeline.recipe.progressive import Progressive
 from pipeline.recipe.token_expansion import TokenExpansion
 
 Origin = tuple[tuple[str, Mapping[str, object]], ...]
@@ -220,6 +221,7 @@ class Recipe:
     augment: Augment = field(default_factory=Augment)
     model: Model = field(default_factory=Model)
     token_expansion: TokenExpansion = field(default_factory=TokenExpansion)
+    progressive: Progressive = field(default_factory=Progressive)
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
     evaluation: Evaluation = field(default_factory=Evaluation)
