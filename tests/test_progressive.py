@@ -1,4 +1,4 @@
-"""Stages of image sizes and of RandAugment magnitudes: on their way through the workers, in the model, resumed, refused.
+"""Stages of image sizes and of RandAugment magnitudes: through the workers, in the model, resumed, refused.
 
 The recipe is toe_deit's debug form of the variant efficienttrain, small, whose tokens expand by stages, too.
 """
@@ -148,7 +148,7 @@ def test_a_dry_run_measures_every_stage(trained):
 
 
 def test_what_is_exported_is_the_plain_model(trained, tmp_path):
-    assert export.main([str(trained[0] / "whole"), str(tmp_path / "out"), "--torch-export"]) == 0
+    assert export.main([str(trained[0] / "whole"), str(tmp_path / "out")]) == 0
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert "dynamic_img_size" not in str(config)
     assert config["pretrained_cfg"]["input_size"] == [3, 32, 32]
@@ -166,8 +166,8 @@ def test_what_is_exported_is_the_plain_model(trained, tmp_path):
         (
             {"image_sizes": (16, 20, 32)},
             {},
-            "progressive.image_sizes (16, 20, 32): model.name 'deit_tiny_patch16_224' cannot be trained on images of 20 "
-            "pixels: Input height (20) should be divisible by patch size (8). Give other sizes, or leave them empty.",
+            "progressive.image_sizes (16, 20, 32): model.name 'deit_tiny_patch16_224' cannot be trained on images of "
+            "20 pixels: Input height (20) should be divisible by patch size (8). Give other sizes, or leave them empty.",
         ),
         (
             {"image_sizes": (8, 24, 32)},
@@ -201,9 +201,8 @@ def test_refuses_images_that_the_model_does_not_take(shards, alone, tmp_path, ch
 @pytest.mark.parametrize(("rw_head_type", "side"), [("lin", None), ("tl", 16)])
 def test_vittm_takes_smaller_images_unless_weights_are_sized_by_tokens(shards, alone, tmp_path, rw_head_type, side):
     made = small(shards, tmp_path / "run", VARIANT)
-    vittm = Model(
-        "vittm_tiny", memory_ps=4, process_ps=8, rw_head_type=rw_head_type, embed_dim=24, depth=2, num_heads=2
-    )
+    sizes = {"memory_ps": 4, "process_ps": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    vittm = Model("vittm_tiny", rw_head_type=rw_head_type, **sizes)
     tokens = dataclasses.replace(made.token_expansion, steps=(), keep_rates=())
     recipe = dataclasses.replace(made, model=vittm, token_expansion=tokens)
     if side is None:
