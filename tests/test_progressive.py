@@ -152,8 +152,7 @@ def test_what_is_exported_is_the_plain_model(trained, tmp_path):
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert "dynamic_img_size" not in str(config)
     assert config["pretrained_cfg"]["input_size"] == [3, 32, 32]
-    options = config["model_args"]
-    model = timm.create_model(config["architecture"], num_classes=5, **options)
+    model = timm.create_model(config["architecture"], **config["model_args"])
     model.load_state_dict(load_file(tmp_path / "out/model.safetensors"))
 
 
@@ -167,7 +166,7 @@ def test_what_is_exported_is_the_plain_model(trained, tmp_path):
             {"image_sizes": (16, 20, 32)},
             {},
             "progressive.image_sizes (16, 20, 32): model.name 'deit_tiny_patch16_224' cannot be trained on images of "
-            "20 pixels: Input height (20) should be divisible by patch size (8). Give other sizes, or leave them empty.",
+            "20 pixels: Input height (20) should be divisible by patch size (8); give other sizes, or leave them empty",
         ),
         (
             {"image_sizes": (8, 24, 32)},

@@ -30,5 +30,6 @@ def check_image_sizes(recipe: Recipe) -> None:
         except (UserError, AssertionError) as error:  # the latter are timm's
             raise UserError(
                 f"progressive.image_sizes {recipe.progressive.image_sizes}: model.name '{recipe.model.name}' cannot be "
-                f"trained on images of {images.shape[-1]} pixels: {error} Give other sizes, or leave them empty."
+                f"trained on images of {images.shape[-1]} pixels: {str(error).rstrip('.')}; give other sizes, or leave "
+                "them empty"
             ) from error
