@@ -74,6 +74,7 @@ def prepare(recipe: Recipe, world: World) -> Run:
     per_epoch = given.stream.plan.batches_per_epoch
     schedule, durations = make_schedule(recipe, per_epoch)
     stages.check_begun(recipe, per_epoch, durations.total)
+    check_image_sizes(recipe)
     checkpoints = Checkpoints.of(run_dir, world.apart(), recipe.checkpoint)
     newest = checkpoints.newest()
     if newest is not None:
@@ -86,7 +87,6 @@ def prepare(recipe: Recipe, world: World) -> Run:
             print(started, flush=True)
     footprint = measure(recipe, model)  # before it is sharded
     tokens = TokenStages.of(recipe.token_expansion, model, per_epoch)
-    check_image_sizes(recipe)
     learner = make_learner(recipe, world, model, schedule, tokens, len(given.validation.reader))
     free = world.from_main(shutil.disk_usage(run_dir).free)
     check_room(footprint.checkpoint(learner.backend.name), free, run_dir)

@@ -20,8 +20,9 @@ from test_toe_deit_recipe import BEGINS, MAGNITUDES, PEAK, SIDES, STEPS, STEPS_A
 from pipeline import backend
 from pipeline.data.stream import evaluation_batches
 from pipeline.models.build import make_model
+from pipeline.models.stages import check_image_sizes
 from pipeline.prepare import make_input, prepare
-from pipeline.recipe import Model, Progressive, Recipe
+from pipeline.recipe import Model, Progressive, Recipe, TokenExpansion
 from pipeline.report.cost import cost_of
 from pipeline.status import read_facts
 from pipeline.telemetry.flops import FORWARDS_A_STEP, Flops
@@ -197,18 +198,29 @@ def test_refuses_images_that_the_model_does_not_take(shards, alone, tmp_path, ch
     assert not [*tmp_path.glob("run/*")]
 
 
-@pytest.mark.parametrize(("rw_head_type", "side"), [("lin", None), ("tl", 16)])
-def test_vittm_takes_smaller_images_unless_weights_are_sized_by_tokens(shards, alone, tmp_path, rw_head_type, side):
-    made = small(shards, tmp_path / "run", VARIANT)
-    sizes = {"memory_ps": 4, "process_ps": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
-    vittm = Model("vittm_tiny", rw_head_type=rw_head_type, **sizes)
-    tokens = dataclasses.replace(made.token_expansion, steps=(), keep_rates=())
-    recipe = dataclasses.replace(made, model=vittm, token_expansion=tokens)
-    if side is None:
-        assert prepare(recipe, alone).durations.total == STEPS
-        return
-    with pytest.raises(UserError, match=f"'vittm_tiny' cannot be trained on images of {side} pixels: .*rw_head_type"):
-        prepare(recipe, alone)
+PATCHES = {"memory_ps": 4, "process_ps": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Model("vit_tiny_patch16_224", patch_size=8, depth=2),
+        Model("deit_tiny_distilled_patch16_224", patch_size=8, depth=2),
+        Model("t2t_vit_7"),
+        Model("vittm_tiny", rw_head_type="lin", **PATCHES),
+    ],
+    ids=lambda model: model.name,
+)
+def test_what_takes_smaller_images(shards, tmp_path, model):
+    made = small(shards, tmp_path, VARIANT)
+    sizes = dataclasses.replace(made.progressive, image_sizes=(16, 16, 32))
+    check_image_sizes(dataclasses.replace(made, model=model, progressive=sizes, token_expansion=TokenExpansion()))
+
+
+def test_vittm_refuses_them_where_weights_are_sized_by_tokens(shards, alone, tmp_path):
+    made, sized = small(shards, tmp_path / "run", VARIANT), Model("vittm_tiny", rw_head_type="tl", **PATCHES)
+    with pytest.raises(UserError, match="'vittm_tiny' cannot be trained on images of 16 pixels: .*rw_head_type"):
+        prepare(dataclasses.replace(made, model=sized, token_expansion=TokenExpansion()), alone)
 
 
 @pytest.mark.parametrize(
@@ -220,10 +232,9 @@ def test_vittm_takes_smaller_images_unless_weights_are_sized_by_tokens(shards, a
 )
 def test_refuses_a_stage_that_never_begins(shards, alone, tmp_path, length, words):
     made = small(shards, tmp_path / "run", VARIANT)
-    tokens = dataclasses.replace(made.token_expansion, steps=(), keep_rates=())
     schedule = dataclasses.replace(made.schedule, length=length)
     with pytest.raises(UserError) as caught:
-        prepare(dataclasses.replace(made, token_expansion=tokens, schedule=schedule), alone)
+        prepare(dataclasses.replace(made, token_expansion=TokenExpansion(), schedule=schedule), alone)
     assert f"progressive.steps (0, 1, 2): {words}" in str(caught.value)
 
 

@@ -1,6 +1,6 @@
 """Token expansion, alone and with EfficientTrain's stages: on two ranks of every strategy a run that is killed in the
-middle of a stage ends with the same bits, and the debug forms learn digits. With and without it DeiT-tiny is as good, in
-less time."""
+middle of a stage ends with the same bits, and the debug forms learn digits. With and without it DeiT-tiny is as good,
+in less time."""
 
 import dataclasses
 import json

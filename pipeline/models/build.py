@@ -34,7 +34,7 @@ def make_model(recipe: Recipe, num_classes: int) -> nn.Module:
     try:
         return timm.create_model(section.name, num_classes=num_classes, img_size=recipe.augment.image_size, **options)
     except (TypeError, AssertionError) as error:  # how timm's own models refuse
-        if any(name in str(error) for name in _RESIZING):
+        if "dynamic_img_size" in str(error):
             raise UserError(
                 f"progressive.image_sizes {recipe.progressive.image_sizes}: model.name '{section.name}' takes images "
                 "of one size alone: leave it empty, or take a ViT, DeiT, T2T-ViT or ViTTM"
