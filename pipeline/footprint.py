@@ -130,8 +130,9 @@ def _factors(shape: Sequence[int], largest: int) -> int:
 
 
 def activations(recipe: Recipe, num_classes: int, micro_batch: int) -> int:
-    """Bytes that a forward pass of a micro-batch keeps for its backward pass, images included: the pass is made with
-    fake tensors of a CPU, so that other devices' kernels may keep a little more or less."""
+    """Bytes that a forward pass of a micro-batch keeps for its backward pass, images included: on all tokens of the
+    largest images, of which no stage keeps more. The pass is made with fake tensors of a CPU, so that other devices'
+    kernels may keep a little more or less."""
     runtime, kept = recipe.runtime, dict[int, Tensor]()
     dtype = torch.bfloat16 if runtime.precision == "bf16-pure" else torch.float32
     with torch.device("meta"):

@@ -28,9 +28,10 @@ from pipeline.ema import EMA
 from pipeline.evaluate import Evaluator, Variants, head_names
 from pipeline.footprint import check_room, measure
 from pipeline.models.build import give_start, make_model
+from pipeline.models.stages import check_image_sizes
 from pipeline.models.toe import TokenStages
 from pipeline.optim import WarmupCosine
-from pipeline.recipe import Recipe, flatten
+from pipeline.recipe import Recipe, flatten, stages
 from pipeline.record import check_same_recipe, check_writable, keep_classes, keep_recipe, kept_metrics
 from pipeline.record.attempts import Setting, hardware
 from pipeline.record.record import Record
@@ -70,7 +71,10 @@ def prepare(recipe: Recipe, world: World) -> Run:
     world.reach("opening the data")
     index, store = open_data(recipe.data.path, options)
     given = make_input(recipe, index, store, world)
-    schedule, durations = make_schedule(recipe, given.stream.plan.batches_per_epoch)
+    per_epoch = given.stream.plan.batches_per_epoch
+    schedule, durations = make_schedule(recipe, per_epoch)
+    stages.check_begun(recipe, per_epoch, durations.total)
+    check_image_sizes(recipe)
     checkpoints = Checkpoints.of(run_dir, world.apart(), recipe.checkpoint)
     newest = checkpoints.newest()
     if newest is not None:
@@ -82,8 +86,7 @@ def prepare(recipe: Recipe, world: World) -> Run:
         if world.is_main:
             print(started, flush=True)
     footprint = measure(recipe, model)  # before it is sharded
-    tokens = TokenStages.of(recipe.token_expansion, model, given.stream.plan.batches_per_epoch)
-    tokens.check(durations.total)
+    tokens = TokenStages.of(recipe.token_expansion, model, per_epoch)
     learner = make_learner(recipe, world, model, schedule, tokens, given)
     free = world.from_main(shutil.disk_usage(run_dir).free)
     check_room(footprint.checkpoint(learner.backend.name), free, run_dir)
@@ -182,7 +185,8 @@ def check_layout(layout: Layout, strategy: str) -> None:
 def make_input(recipe: Recipe, index: Index, store: Store, world: World) -> Input:
     data, augment = recipe.data, recipe.augment
     transform_class = TrainTransform if augment.decode == "exact" else FastTrainTransform
-    train = Samples(Reader(index, data.train, store), transform_class.of(augment), recipe.seed, substitutes=True)
+    (_, first), *later = [(begins, transform_class.of(section)) for begins, section in stages.augments(recipe)]
+    train = Samples(Reader(index, data.train, store), first, recipe.seed, substitutes=True, later=later)
     seen_once = EvalTransform.of(recipe)
     validation = Samples(Reader(index, data.val, store), seen_once, recipe.seed, substitutes=False)
     shuffle = make_shuffle(recipe, index)
@@ -285,8 +289,10 @@ def make_deterministic(recipe: Recipe) -> None:
 
 
 def _blank(run: Run) -> tuple[Tensor, Tensor]:
-    """A micro-batch of the right shape for passes that are discarded."""
-    batch = len(next(run.input.stream.requests(0, 1)).ids)
-    side, classes = run.recipe.augment.image_size, run.input.augment.num_classes
+    """A micro-batch of the shape that the next one has, for passes that are discarded."""
+    start = run.progress.start
+    request = next(run.input.stream.requests(start, start + 1))
+    batch, side = len(request.ids), run.input.stream.samples.image_size_at(request.epoch)
+    classes = run.input.augment.num_classes
     images = torch.zeros(batch, 3, side, side, device=run.world.device)
     return images, torch.full((batch, classes), 1 / classes, device=run.world.device)

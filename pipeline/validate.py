@@ -1,6 +1,7 @@
 """What about a recipe alone cannot work, and what its durations are in steps."""
 
 from pipeline.recipe import Augment, Optimizer, Recipe, flatten
+from pipeline.recipe.stages import STAGED
 from shards.budget import Budget
 from shards.errors import UserError
 
@@ -30,7 +31,7 @@ def validate(recipe: Recipe) -> None:
         *_range_errors(recipe),
         *_augment_errors(recipe.augment),
         *_start_errors(recipe),
-        *_expansion_errors(recipe),
+        *_stage_errors(recipe),
         *_bottleneck_errors(recipe),
     ]
     if found:
@@ -169,17 +170,44 @@ def _start_errors(recipe: Recipe) -> list[str]:
     return found
 
 
-def _expansion_errors(recipe: Recipe) -> list[str]:
-    section, length = recipe.token_expansion, recipe.schedule.length
-    found = [f"token_expansion.{error}" for error in section.errors()]
+def _stage_errors(recipe: Recipe) -> list[str]:
+    found = [f"{name}.{error}" for name in STAGED for error in getattr(recipe, name).errors()]
+    found += _progressive_errors(recipe)
+    length = recipe.schedule.length
     try:
         epochs, unit = _split_duration(length)
     except UserError:  # is among the errors
         return found
-    if unit == "epochs" and section.steps and max(section.steps) >= epochs:
+    lasts = {name: max(getattr(recipe, name).steps, default=-1) for name in STAGED}
+    return found + [
+        f"{name}.steps {getattr(recipe, name).steps}: the stage of epoch {last} would never begin, as schedule.length "
+        f"is '{length}', counted from 0: train longer, or begin it earlier"
+        for name, last in lasts.items()
+        if unit == "epochs" and last >= epochs
+    ]
+
+
+def _progressive_errors(recipe: Recipe) -> list[str]:
+    """What does not fit to the augmentation."""
+    section, augment, found = recipe.progressive, recipe.augment, []
+    sizes, magnitudes = section.image_sizes, section.randaugment_magnitudes
+    if sizes and (sizes[-1] != augment.image_size or max(sizes) > augment.image_size):
         found.append(
-            f"token_expansion.steps {section.steps}: the stage of epoch {max(section.steps)} would never begin, as "
-            f"schedule.length is '{length}', counted from 0: train longer, or begin it earlier"
+            f"progressive.image_sizes {sizes}: the last and largest must be augment.image_size {augment.image_size}, "
+            "which the model is evaluated at"
+        )
+    largest = MAGNITUDES[augment.randaugment]
+    if not all(0 <= magnitude <= largest for magnitude in magnitudes):
+        found.append(f"progressive.randaugment_magnitudes {magnitudes}: each must lie in 0 .. {largest}")
+    if magnitudes and magnitudes[-1] != augment.randaugment_magnitude:
+        found.append(
+            f"progressive.randaugment_magnitudes {magnitudes}: the last must be augment.randaugment_magnitude "
+            f"{augment.randaugment_magnitude}"
+        )
+    if magnitudes and not augment.randaugment_ops:
+        found.append(
+            f"progressive.randaugment_magnitudes {magnitudes}: augment.randaugment_ops is 0, so that there is no "
+            "RandAugment: raise that, or leave them empty"
         )
     return found
 
@@ -195,6 +223,11 @@ def _bottleneck_errors(recipe: Recipe) -> list[str]:
         found.append(
             f"bottleneck.weight {section.weight}: its bound is of images with one label each: set augment.mixup and "
             "augment.cutmix to False"
+        )
+    if section.weight and recipe.progressive.image_sizes:
+        found.append(
+            f"bottleneck.weight {section.weight}: its clusters are of images of one size: leave "
+            "progressive.image_sizes empty"
         )
     if section.weight and recipe.loss != "ce":
         found.append(

@@ -4,19 +4,33 @@ Command:  accelerate launch --config_file ds_configs/ddp_gpu8.yaml recipes/toe_d
           --token-expansion.steps --token-expansion.keep-rates, without values, trains on all tokens throughout.
 Models:   deit_tiny_patch16_224, deit_small_patch16_224, deit_base_patch16_224; and deit_*_distilled_patch16_224, which
           have no teacher here: the mean of their two heads is trained.
+Variants: --variant deit             DeiT's settings (the default)
+                    efficienttrain   EfficientTrain's (ICCV 2023) as ToE's authors combine both: on smaller and less
+                                     augmented images at first, and with a global batch of 4096. Theirs are tiny and
+                                     small; the others take the same settings.
 Data:     data/imagenet1k (splits train and val), written by tools/make_shards.py
-Hardware: CUDA; 8 GPUs take 128 samples each at once. Fewer: raise --data.accumulation.
+Hardware: CUDA; 8 GPUs take 128 samples each at once, by efficienttrain 512. Fewer: raise --data.accumulation.
 Tokens:   50 % of the patches' tokens up to epoch 100, 75 % up to 200, then all, each chosen from 25 % in 2 rounds a
-          stage; evaluation, averages and what is exported are the plain DeiT.
+          stage; by efficienttrain 60 %, 80 % and all, from 30 %. Evaluation, averages and what is exported are the
+          plain DeiT.
+Images:   of 224 px; by efficienttrain of 160 px up to epoch 180, of 192 up to 240, then of 224, with a RandAugment of
+          magnitude 1, and every 60 epochs 2 more. Evaluation is at 224 px throughout.
 Time:     300 epochs of 1,281,167 images; not measured. Arithmetic: if steps reached 40 % of the 312 TFLOP/s of each of
           8 A100 (an assumption), tiny, small and base would take 0.62, 2.27 and 8.68 hours, and 0.80, 2.95 and 11.27
-          on all tokens.
+          on all tokens; by efficienttrain 0.43, 1.61 and 6.23, and 0.51, 1.89 and 7.29 on
+          all tokens.
 Top-1:    not measured here. DeiT's authors, on all tokens: 72.2 % (tiny), 79.9 % (small), 81.8 % (base).
 Differs:  no sample is repeated (DeiT's repeated augmentation); bf16, where DeiT has fp16; the warm-up moves every step,
           and the cosine begins after it, where DeiT's runs beneath it and moves an epoch later (at most 1.1 % of the
           peak apart); mixing is drawn once a global batch, where DeiT draws it once a rank; images take the fast path
           (README), whose resize is rounded otherwise than Pillow's. DeiT's 10 epochs of cool-down are no difference:
           its program ends before them.
+          efficienttrain: its authors' program decodes, augments and erases 224 px in every stage, and then cuts the
+          high frequencies off on the GPU (a Fourier transform), in evaluation too; here crops are resized to the
+          stage's side when they are decoded, and augmented there. It trains positions of the stage's grid, which it
+          resizes bilinearly (and the optimizer's moments with them) where a stage begins; here those of 224 px are
+          trained throughout, resized in every forward pass (bicubic, antialiased, by timm). It has fp16, too. The
+          batch, the schedule by steps, weight decay, clipping and drop path are as there; it keeps no average either.
 Debug:    --debug trains a model of 32 px on scikit-learn's handwritten digits, on any machine, in a minute or two.
 """
 
@@ -30,6 +44,7 @@ from pipeline.recipe import (
     Evaluation,
     Model,
     Optimizer,
+    Progressive,
     Recipe,
     Runtime,
     Schedule,
@@ -39,6 +54,7 @@ from pipeline.recipe import (
 from pipeline.trainer import run
 
 MODELS = tuple(f"deit_{size}{kind}_patch16_224" for kind in ("", "_distilled") for size in ("tiny", "small", "base"))
+VARIANTS = ("deit", "efficienttrain")
 
 
 def recipe(model: str) -> Recipe:
@@ -106,9 +122,44 @@ def debug(model: str) -> Recipe:
     )
 
 
-def make(model: str, small: bool) -> Recipe:
-    return debug(model) if small else recipe(model)
+def efficient(plain: Recipe) -> Recipe:
+    """The variant of a recipe."""
+    return replace(
+        plain,
+        run_dir=f"{plain.run_dir}-efficienttrain",
+        seed=0,
+        ema_decay=0.0,
+        data=replace(plain.data, global_batch=4096),
+        token_expansion=replace(plain.token_expansion, keep_rates=(0.6, 0.8, 1.0), initial_keep_rate=0.3),
+        progressive=Progressive(
+            steps=(0, 60, 120, 180, 240),
+            image_sizes=(160, 160, 160, 192, 224),
+            randaugment_magnitudes=(1, 3, 5, 7, 9),
+        ),
+        optimizer=replace(plain.optimizer, clip_norm=5.0),
+        schedule=Schedule(length="300 epochs", warmup="20 epochs", lr=4e-3, warmup_lr=0.0, min_lr=1e-6),
+    )
+
+
+def efficient_debug(plain: Recipe) -> Recipe:
+    """The variant of a debug form, which keeps its batch and schedule."""
+    full = efficient(plain)
+    return replace(
+        full,
+        data=plain.data,
+        schedule=plain.schedule,
+        progressive=Progressive(
+            steps=(0, 12, 24, 36, 48), image_sizes=(24, 24, 24, 28, 32), randaugment_magnitudes=(1, 1, 2, 2, 3)
+        ),
+    )
+
+
+def make(model: str, small: bool, variant: str = VARIANTS[0]) -> Recipe:
+    plain = debug(model) if small else recipe(model)
+    if variant == VARIANTS[0]:
+        return plain
+    return efficient_debug(plain) if small else efficient(plain)
 
 
 if __name__ == "__main__":
-    run(parse(make, MODELS, f"{__doc__}\n{describe()}"))
+    run(parse(make, MODELS, f"{__doc__}\n{describe()}", variants=VARIANTS))

@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from pathlib import Path
@@ -45,6 +47,15 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with open_engine("local", 1) as engine:
             write(source, root / "shards", WriteOptions(shard_size="30"), engine)
     return root / "shards"
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of scikit-learn's handwritten digits, as `make demo` has them."""
+    root = tmp_path_factory.mktemp("demo")
+    made = [sys.executable, "tools/demo.py", "--data-only", "--data", str(root)]
+    subprocess.run(made, cwd=ranks.ROOT, check=True)
+    return root / "demo/digits"
 
 
 @pytest.fixture

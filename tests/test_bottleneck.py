@@ -16,7 +16,7 @@ from pipeline import backend
 from pipeline.bottleneck.kmeans import Share, kmeans
 from pipeline.models.ltm_loss import class_profile, soft_assign
 from pipeline.prepare import prepare
-from pipeline.recipe import Bottleneck, Recipe, TokenExpansion
+from pipeline.recipe import Bottleneck, Progressive, Recipe, TokenExpansion
 from pipeline.trainer import fit, leave
 from pipeline.validate import validate
 from recipes import toe_deit
@@ -186,15 +186,19 @@ def refuse(data: Path, root: Path, changed: dict, words: str) -> None:
 
 def test_refuses_with_the_other_errors_of_the_recipe(shards, tmp_path):
     made = small(shards, tmp_path / "run", loss="bce", bottleneck=dataclasses.replace(FOUND, samples=6, iterations=0))
-    mixed = dataclasses.replace(made, augment=dataclasses.replace(made.augment, mixup=True))
+    mixed = dataclasses.replace(
+        made,
+        augment=dataclasses.replace(made.augment, mixup=True),
+        progressive=Progressive(steps=(0, 1), image_sizes=(8, 16)),
+    )
     with pytest.raises(UserError) as caught:
         validate(mixed)
     lines = str(caught.value).splitlines()[1:]
     assert [line.split()[1] for line in lines] == [
         "bottleneck.iterations",
         "bottleneck.samples",
-        "bottleneck.weight",
-        "bottleneck.weight",
+        *["bottleneck.weight"] * 3,
     ]
     assert "one label each: set augment.mixup and augment.cutmix to False" in lines[2]
-    assert "loss is 'bce': set it to ce" in lines[3]
+    assert "leave progressive.image_sizes empty" in lines[3]
+    assert "loss is 'bce': set it to ce" in lines[4]

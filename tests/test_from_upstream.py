@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import ranks
 
-from pipeline.recipe import Augment, Optimizer, Recipe, Schedule, TokenExpansion, flatten, parse
-from recipes import finetune_1k, ltm, pretrain_21k
+from pipeline.recipe import Augment, Optimizer, Progressive, Recipe, Schedule, TokenExpansion, flatten, parse
+from recipes import finetune_1k, ltm, pretrain_21k, toe_deit
 from tools.from_upstream import main, table
 from tools.upstream_flags import LAUNCHERS, PROGRAMS
 
@@ -200,15 +200,25 @@ def test_flags_of_timm(flags, expected, remark, tmp_path, capsys):
 
 def test_efficient_train(tmp_path, capsys):
     told, _ = converted((COMMANDS / "efficienttrain_deit_small.txt").read_text(), tmp_path, capsys)
-    recipe = recipe_of(told, finetune_1k, ["--model", "deit_small_patch16_224"], tmp_path)
-    assert (recipe.data.global_batch, recipe.schedule.lr, recipe.schedule.warmup) == (4096, 4e-3, "20 epochs")
+    assert "recipes/toe_deit.py --model deit_small_patch16_224 --variant efficienttrain " in told.splitlines()[1]
+    options = ["--model", "deit_small_patch16_224", "--variant", "efficienttrain"]
+    recipe = recipe_of(told, toe_deit, options, tmp_path)
+    ours = toe_deit.make("deit_small_patch16_224", False, "efficienttrain")
+    assert changes(recipe, ours) == {"data.workers": 8, "runtime.precision": "fp16"}
+    plain = changes(recipe_of(told, toe_deit, options[:2], tmp_path), ours)
+    assert plain.pop("run_dir") == "runs/toe_deit/deit_small_patch16_224"
+    assert plain == changes(recipe, ours), "the variant must not matter"
+    assert recipe.progressive == Progressive((0, 60, 120, 180, 240), (160, 160, 160, 192, 224), (1, 3, 5, 7, 9))
+    assert recipe.token_expansion == TokenExpansion((0, 100, 200), (0.6, 0.8, 1.0), 0.3, 2)
     assert recipe.schedule == Schedule("300 epochs", "20 epochs", 4e-3, 0.0, 1e-6)
     assert recipe.optimizer == Optimizer(weight_decay=0.05, decay="matrices", clip_norm=5.0)
     assert recipe.augment == dataclasses.replace(
         TIMM, mixup=True, cutmix=True, mixup_alpha=0.8, cutmix_alpha=1.0, randaugment_ops=2, erasing=0.25
     )
     assert (recipe.label_smoothing, recipe.ema_decay, recipe.evaluation.crop_pct) == (0.1, 0, 0.875)
-    assert "# not there yet: EfficientTrain: images of 160, 192, then 224 px" in told
+    assert "# not there yet" not in told
+    shorter, _ = converted("python ET_training.py --model deit_tiny_patch16_224 --epochs 250", tmp_path, capsys)
+    assert fields(shorter)["progressive.steps"] == "[0, 50, 100, 150, 200]"
 
 
 def test_the_command_of_ltm_is_our_recipe(tmp_path, capsys):

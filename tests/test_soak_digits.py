@@ -1,21 +1,9 @@
 """`make soak`: debug recipes, as they are, learn scikit-learn's handwritten digits."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import ranks
 
 pytestmark = pytest.mark.soak
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("demo")
-    made = [sys.executable, "tools/demo.py", "--data-only", "--data", str(root)]
-    subprocess.run(made, cwd=ranks.ROOT, check=True)
-    return root / "demo/digits"
 
 
 @pytest.mark.parametrize("model", ["t2t_vit_t_14", "t2t_vit_14"])

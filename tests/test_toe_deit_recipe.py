@@ -16,9 +16,11 @@ from safetensors.torch import load_file
 
 from pipeline import backend
 from pipeline.models.build import make_model
+from pipeline.models.stages import check_image_sizes
 from pipeline.models.toe import TokenExpansion, TokenStages
 from pipeline.prepare import make_schedule, prepare
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, stages
+from pipeline.recipe import TokenExpansion as TokenOptions
 from pipeline.report.cost import cost_of
 from pipeline.status import read_facts
 from pipeline.telemetry.flops import FORWARDS_A_STEP, Flops, forward_flops
@@ -32,20 +34,34 @@ IMAGES, ASSUMED = 1_281_167, 8 * 312e12 * 0.4
 PEAK = 0.01  # TFLOP/s
 STEPS_AN_EPOCH, STEPS = 5, 14
 BEGINS = (1, 2)  # epochs 0 on all tokens, 1 on half of them, 2 on three quarters
+SIDES, MAGNITUDES = (16, 24, 32), (1, 2, 3)  # of efficienttrain, by epochs
+THREE = r"([\d.]+), ([\d.]+) and ([\d.]+)"
 
 
+@pytest.mark.parametrize("variant", toe_deit.VARIANTS)
 @pytest.mark.parametrize("name", toe_deit.MODELS)
-def test_is_built_at_full_size(name):
-    recipe = toe_deit.make(name, False)
+def test_is_built_at_full_size(name, variant):
+    recipe = toe_deit.make(name, False, variant)
     validate(recipe)
+    check_image_sizes(recipe)
     with torch.device("meta"):
         model = make_model(recipe, 1000)
         plain = timm.create_model(name)
-    stages = TokenStages.of(recipe.token_expansion, model, IMAGES // 1024)
+    tokens = TokenStages.of(recipe.token_expansion, model, 1251)
     assert [*model.state_dict()] == [*plain.state_dict()]
-    assert (stages.expansion.num_prefix_tokens, stages.expansion.stage) == (2 if "distilled" in name else 1, 1)
-    assert stages.parts(0, 300 * 1251) == [(0, 125_100), (125_100, 125_100), (250_200, 125_100)]
-    assert stages.parts(125_099, 125_101) == [(125_099, 1), (125_100, 1)]
+    assert (tokens.expansion.num_prefix_tokens, tokens.expansion.stage) == (2 if "distilled" in name else 1, 1)
+
+
+def test_stages_are_told_by_their_steps():
+    recipe = toe_deit.make("deit_small_patch16_224", False)
+    assert stages.parts(recipe, 1251, 0, 300 * 1251) == [(0, 125_100), (125_100, 125_100), (250_200, 125_100)]
+    assert stages.parts(recipe, 1251, 125_099, 125_101) == [(125_099, 1), (125_100, 1)]
+    both = toe_deit.make("deit_small_patch16_224", False, "efficienttrain")
+    assert stages.begins(both) == (0, 100, 180, 200, 240)
+    assert stages.parts(both, 10, 1900, 2100) == [(1900, 100), (2000, 100)]
+    sections = [(begins, made.image_size, made.randaugment_magnitude) for begins, made in stages.augments(both)]
+    assert sections == [(0, 160, 1), (60, 160, 3), (120, 160, 5), (180, 192, 7), (240, 224, 9)]
+    assert stages.parts(Recipe(), 10, 3, 9) == [(3, 6)]
 
 
 def test_the_learning_rate_is_within_what_the_docstring_says():
@@ -64,17 +80,24 @@ def test_the_learning_rate_is_within_what_the_docstring_says():
 
 def test_hours_are_the_arithmetic_that_the_docstring_names():
     text = " ".join(toe_deit.__doc__.split())
-    staged = re.search(r"would take ([\d.]+), ([\d.]+) and ([\d.]+) hours", text)
-    whole = re.search(r"and ([\d.]+), ([\d.]+) and ([\d.]+) on all tokens", text)
-    assert staged, text
-    assert whole, text
-    for model, less, more in zip(toe_deit.MODELS[:3], staged.groups(), whole.groups(), strict=True):
+    told = re.search(
+        rf"would take {THREE} hours, and {THREE} on all tokens; by eff\S+ {THREE}, and {THREE} on all", text
+    )
+    assert told, text
+    for variant, hours in zip(toe_deit.VARIANTS, (told.groups()[:6], told.groups()[6:]), strict=True):
+        for model, less, more in zip(toe_deit.MODELS[:3], hours[:3], hours[3:], strict=True):
+            staged = toe_deit.make(model, False, variant)
+            whole = dataclasses.replace(staged, token_expansion=TokenOptions())
+            for recipe, expected in ((staged, less), (whole, more)):
+                flops = FORWARDS_A_STEP * Flops.of(recipe, 1000, batch=2).mean(0, 300)
+                assert float(expected) == pytest.approx(flops * 300 * IMAGES / ASSUMED / 3600, abs=0.006)
+
+
+def test_token_expansion_saves_what_the_reference_saves():
+    for model in toe_deit.MODELS[:3]:
         recipe = toe_deit.make(model, False)
-        all_tokens = forward_flops(recipe, 1000, batch=2)
-        mean = Flops.of(recipe, 1000, batch=2).mean(0, 300)
-        for flops, hours in ((mean, less), (all_tokens, more)):
-            assert float(hours) == pytest.approx(FORWARDS_A_STEP * flops * 300 * IMAGES / ASSUMED / 3600, abs=0.006)
-        assert 1.29 < all_tokens / mean < 1.33
+        saved = forward_flops(recipe, 1000, batch=2) / Flops.of(recipe, 1000, batch=2).mean(0, 300)
+        assert 1.29 < saved < 1.33
 
 
 def test_flops_of_stages():
@@ -89,15 +112,19 @@ def test_flops_of_stages():
     assert flops.mean(300, 300) == third
 
 
-def small(data: Path, run_dir: Path, **changed: object) -> Recipe:
-    """The debug form for three epochs on `data`."""
-    made = toe_deit.make("deit_tiny_patch16_224", True)
+def small(data: Path, run_dir: Path, variant: str = "deit", **changed: object) -> Recipe:
+    """The debug form for three epochs on `data`; efficienttrain with a stage of images an epoch."""
+    made = toe_deit.make("deit_tiny_patch16_224", True, variant)
+    staged = dataclasses.replace(
+        made.progressive, steps=(0, 1, 2), image_sizes=SIDES, randaugment_magnitudes=MAGNITUDES
+    )
     return dataclasses.replace(
         made,
         run_dir=str(run_dir),
         data=dataclasses.replace(made.data, path=str(data), global_batch=16, workers=0),
         model=dataclasses.replace(made.model, embed_dim=48, depth=3, num_heads=3, patch_size=8),
         token_expansion=dataclasses.replace(made.token_expansion, steps=BEGINS, keep_rates=(0.5, 0.75)),
+        progressive=staged if variant == "efficienttrain" else made.progressive,
         schedule=dataclasses.replace(made.schedule, length=f"{STEPS} steps", warmup="1 steps"),
         checkpoint=dataclasses.replace(made.checkpoint, every="4 steps", keep=9),
         evaluation=dataclasses.replace(made.evaluation, every="100%"),
@@ -160,12 +187,8 @@ def test_the_page_counts_the_operations_that_were_made(trained, shards):
 
 
 def test_a_dry_run_measures_every_stage(trained):
-    found = re.search(
-        r"the mean of the stages of token expansion that are left: 5 steps of [\d.]+ s, 5 steps of [\d.]+ s, "
-        r"4 steps of [\d.]+ s",
-        trained[1],
-    )
-    assert found, trained[1]
+    found = re.findall(r"(\d+) steps of [\d.]+ s, with images of (\d+) px, which come in [\d.]+ s", trained[1])
+    assert found == [("5", "32"), ("5", "32"), ("4", "32")], trained[1]
 
 
 def test_what_is_exported_is_the_plain_model(trained, tmp_path):
@@ -209,8 +232,7 @@ def test_refuses_what_it_cannot_do_with_the_other_errors_of_the_recipe(shards, t
 
 def test_without_stages_nothing_is_put_into_a_model():
     model = timm.create_model("resnet18")
-    stages = TokenStages.of(Recipe().token_expansion, model, 10)
-    stages(25)
-    assert isinstance(stages.expansion, TokenExpansion)
+    tokens = TokenStages.of(Recipe().token_expansion, model, 10)
+    tokens(25)
+    assert isinstance(tokens.expansion, TokenExpansion)
     assert not hasattr(model, "token_expansion")
-    assert stages.parts(3, 9) == [(3, 6)]

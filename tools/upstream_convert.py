@@ -16,6 +16,8 @@ EFFECTIVE |= {("imagenet", "base"): 2048}
 """Effective batches of the tables in the README of ViTTM's program, by dataset and size."""
 CLASSES = {"imagenet-21k": "10450", "imagenet": "1000"}
 RECIPES = {"imagenet-21k": "pretrain_21k", "imagenet": "finetune_1k"}
+STAGES = 5
+"""EfficientTrain's, which are equally long."""
 NUMBER = re.compile(r"-?\.?\d.*")
 
 
@@ -73,6 +75,8 @@ def command_line(given: Given) -> str:
         base = f"{'deittm' if model.startswith('deittm') else 'vittm'}_{size}"
     elif model.startswith("ltm_"):
         recipe, base = "ltm", model
+    elif given.program is EFFICIENT_TRAIN:
+        recipe, base = "toe_deit", f"{model} --variant efficienttrain"
     else:
         recipe, base = "finetune_1k", "deit_base_patch16_224" if "_base" in model else "deit_small_patch16_224"
     processes = f" --num_processes {given.ranks}" if given.ranks > 1 else ""
@@ -211,8 +215,11 @@ def _efficient_train(found: Converted, given: Given) -> None:
     model = given.text("--model")
     if not re.match("deit_(tiny|small)", model):
         raise UserError(f"--model '{model}': of EfficientTrain's models only deit_tiny and deit_small are known here")
-    found.remarks["later"].append(
-        "EfficientTrain: images of 160, 192, then 224 px, RandAugment of magnitude 1, 3, 5, 7, then 9; of both the last"
+    epochs = given.number("--epochs")
+    begins = [int(epochs / STAGES * number) for number in range(STAGES)]
+    found.fields["progressive.steps"] = (str(begins), f"fifths of --epochs {epochs:g}")
+    found.remarks["said"].append(
+        "EfficientTrain: the program cuts high frequencies off whole images, ours makes small ones of the crops"
     )
 
 

@@ -5,6 +5,8 @@ timm program of LTM (TPAMI 2025). Defaults are those of each program: DeiT's of 
 main.py, EfficientTrain's of github.com/LeapLabTHU/EfficientTrain ET_training.py and main.py.
 """
 
+from dataclasses import replace
+
 from tools.upstream_types import Flag, Program, later, said, switch
 
 IMAGES = "the images are made into shards first (tools/make_shards.py), where data.path points then"
@@ -22,6 +24,9 @@ SCHEDULE = (
     "the schedule is the cosine, by epochs as there; ours warms up by steps, and its cosine begins where the warm-up "
     "ends, not with the training"
 )
+FIFTHS = (
+    "and `progressive.steps`: their fifths have images of 160, 160, 160, 192, 224 px, and RandAugment's magnitude grows"
+)
 BY_TIMM = {
     "optimizer.decay": "matrices",
     "schedule.cosine_per": "epoch",
@@ -35,6 +40,7 @@ EXPANSION = (
     Flag("--initialization-keep-rate", "token_expansion.initial_keep_rate"),
     Flag("--expansion-multiple-stage", "token_expansion.repetitions"),
 )
+EFFICIENT_STAGES = ("0 100 200", "0.6 0.8 1.0", "0.3", "2")  # of these flags, in ToE's commands of EfficientTrain
 
 VITTM = Program(
     "ViTTM",
@@ -164,13 +170,13 @@ EFFICIENT_TRAIN = Program(
         Flag("--output_dir", "run_dir"),
         Flag("--model", "model.name", MODEL),
         said("--final_bs", "whatever it is, the program accumulates to a global batch of 4096"),
-        Flag("--epochs", "schedule.length", form="{} epochs", default="300"),
+        Flag("--epochs", "schedule.length", FIFTHS, form="{} epochs", default="300"),
         said("--num_gpus", "the global batch is the same on any number of ranks: accelerate launch --num_processes"),
         Flag("--num_workers", "data.workers", default="10"),
         # Of the commands that it starts, by model.
         Flag("--use_amp", "runtime.precision", form="fp16", default="true"),
         Flag("--clip_grad", "optimizer.clip_norm", default="5.0"),
-        *EXPANSION,
+        *(replace(flag, default=text) for flag, text in zip(EXPANSION, EFFICIENT_STAGES, strict=True)),
     ),
     {
         "data.global_batch": "4096",
@@ -193,6 +199,9 @@ EFFICIENT_TRAIN = Program(
         "augment.randaugment_ops": "2",
         "augment.randaugment_magnitude": "9",
         "augment.randaugment_std": "0.5",
+        "augment.image_size": "224",
+        "progressive.image_sizes": "[160, 160, 160, 192, 224]",
+        "progressive.randaugment_magnitudes": "[1, 3, 5, 7, 9]",
         "augment.erasing": "0.25",
         "augment.erasing_fill": "noise",
         "augment.erasing_scale": BY_TIMM["augment.erasing_scale"],

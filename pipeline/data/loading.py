@@ -7,7 +7,7 @@ import shutil
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import forkserver
@@ -45,10 +45,10 @@ def load(
 
     Raises the UserError that a worker met, and one where there is too little shared memory.
     """
-    side, number = samples.transform.image_size, _PREFETCH * loading.workers + held
-    slots = _Slots(_make_room(number, batch, side, loading), held)
+    number = _PREFETCH * loading.workers + held
+    slots = _Slots(_make_room(number, batch, samples.largest, loading), held, samples.image_size_at)
     loader = DataLoader(
-        _Answers(samples, slots.images),
+        _Answers(samples, slots.memory),
         sampler=slots.given(requests),
         batch_size=None,
         collate_fn=_unchanged,
@@ -70,28 +70,30 @@ def load(
 class _Answers(Dataset):
     """A map from (slot, Request) to what is Filled, in a worker; the images go into that slot."""
 
-    def __init__(self, samples: Samples, images: Tensor) -> None:
-        self._samples, self._images = samples, images
+    def __init__(self, samples: Samples, memory: Tensor) -> None:
+        self._samples, self._memory = samples, memory
 
     def __getitem__(self, numbered: tuple[int, Request]) -> Filled | UserError:
         """An error is handed over like an answer: raised in a worker it would arrive with the worker's traceback."""
         slot, request = numbered
+        side = self._samples.image_size_at(request.epoch)
         try:
-            return self._samples.fill(request, self._images[slot, : len(request.ids)].numpy())
+            return self._samples.fill(request, _images(self._memory[slot], len(request.ids), side).numpy())
         except UserError as error:
             return error
 
 
 class _Slots:
-    """Memory for the images of batches, uint8 [slots, B, S, S, 3], shared with workers and used again and again.
+    """Memory for the images of batches, uint8 [slots, bytes], shared with workers and used again and again.
 
     There is a slot for each request that the loader has in work, and for each batch that the caller holds. Memory that
     each batch allocated anew would cost as much as a third of the decoding, in page faults on both sides (LOG.md).
+    `image_size_at`: side of the images of an epoch.
     """
 
-    def __init__(self, images: Tensor, held: int) -> None:
-        self.images, self._held = images, held
-        self._free = deque(range(len(images)))
+    def __init__(self, memory: Tensor, held: int, image_size_at: Callable[[int], int]) -> None:
+        self.memory, self._held, self._image_size_at = memory, held, image_size_at
+        self._free = deque(range(len(memory)))
         self._given = deque[tuple[int, Request]]()
 
     def given(self, requests: Iterable[Request]) -> Iterator[tuple[int, Request]]:
@@ -108,12 +110,18 @@ class _Slots:
                 raise answer
             slot, request = self._given.popleft()
             held.append(slot)
-            images, ids = self.images[slot, : len(request.ids)].permute(0, 3, 1, 2), torch.from_numpy(request.ids)
+            ids, side = torch.from_numpy(request.ids), self._image_size_at(request.epoch)
+            images = _images(self.memory[slot], len(ids), side).permute(0, 3, 1, 2)
             yield Batch(
                 images, torch.from_numpy(answer.labels), ids, request.first, request.step, request.epoch, answer.bad
             )
             if len(held) == self._held:  # before the loader is asked for the next answer, and gives a slot away
                 self._free.append(held.popleft())
+
+
+def _images(slot: Tensor, number: int, side: int) -> Tensor:
+    """uint8 [number, side, side, 3]: the first bytes of a slot, which has room for the largest batch of a run."""
+    return slot[: number * side * side * 3].view(number, side, side, 3)
 
 
 def _unchanged(answer: T) -> T:
@@ -122,8 +130,9 @@ def _unchanged(answer: T) -> T:
 
 
 def _make_room(number: int, batch: int, side: int, loading: Loading) -> Tensor:
-    """Memory for the images of so many batches; UserError where workers could not share it with the trainer."""
-    shape = (number, batch, side, side, 3)
+    """uint8 [number, bytes]: memory for so many batches of images; UserError where workers could not share it with the
+    trainer."""
+    shape = (number, batch * side * side * 3)
     if not loading.workers:
         return torch.empty(shape, dtype=torch.uint8)
     needed, there = math.prod(shape), shutil.disk_usage(_SHARED_MEMORY).free

@@ -1,6 +1,6 @@
 """The samples of a request, read and transformed in a worker, which holds no position."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -44,20 +44,41 @@ class Samples(Generic[R_co]):
 
     `substitutes`: a bad sample is replaced by another one of the split, which (seed, epoch, sample) decide, and which
     is then treated as the planned one would have been; otherwise its image is blank and its label UNREADABLE.
+    `later`: transforms that take the place of the one before, each after the epoch from which on it does.
     """
 
-    def __init__(self, reader: R_co, transform: Transform, seed: int, substitutes: bool) -> None:
+    def __init__(
+        self,
+        reader: R_co,
+        transform: Transform,
+        seed: int,
+        substitutes: bool,
+        later: Sequence[tuple[int, Transform]] = (),
+    ) -> None:
         self.reader = reader
         self.transform = transform
         self.seed = seed
         self.substitutes = substitutes
+        self.later = tuple(later)
+
+    def transform_at(self, epoch: int) -> Transform:
+        return [self.transform, *(transform for begins, transform in self.later if begins <= epoch)][-1]
+
+    def image_size_at(self, epoch: int) -> int:
+        return self.transform_at(epoch).image_size
+
+    @property
+    def largest(self) -> int:
+        """Side of the largest images."""
+        return max(transform.image_size for transform in (self.transform, *(each for _, each in self.later)))
 
     def fill(self, request: Request, images: np.ndarray) -> Filled:
-        """Reads the samples of the request; their pixels go into `images` uint8 [B, S, S, 3].
+        """Reads the samples of the request; their pixels go into `images` uint8 [B, S, S, 3], with the S of its epoch.
 
         Raises StoreError, and UserError for a sample whose substitutes are all bad.
         """
-        draws = uniforms(self.seed, request.epoch, request.ids, TRANSFORM_STREAM, self.transform.num_draws)
+        transform = self.transform_at(request.epoch)
+        draws = uniforms(self.seed, request.epoch, request.ids, TRANSFORM_STREAM, transform.num_draws)
         bad: list[Replaced] = []
         labels = np.full(len(request.ids), UNREADABLE)
         for place, sample in enumerate(request.ids.tolist()):
@@ -70,9 +91,10 @@ class Samples(Generic[R_co]):
     def _sample(self, sample: int, draws: np.ndarray, epoch: int, bad: list[Replaced]) -> tuple[np.ndarray | None, int]:
         """The image, None for a bad one that nothing replaces, and its label."""
         errors: list[BadSample] = []
+        transform = self.transform_at(epoch)
         for candidate in self._candidates(sample, epoch):
             try:
-                image, label = self.reader.read(candidate, lambda data: self.transform(data, draws))
+                image, label = self.reader.read(candidate, lambda data: transform(data, draws))
             except BadSample as error:
                 errors.append(error)
             else:

@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import timm
 import torch
@@ -10,10 +11,12 @@ from torch import Tensor, nn
 
 from pipeline.models.load import Loaded, load_start, load_trunk, load_weights, num_stored_classes, read_weights
 from pipeline.models.vittm.trunk import TRUNKS
-from pipeline.recipe import Model, Recipe
+from pipeline.recipe import Model, Progressive, Recipe
 from shards.errors import UserError
 
 _NO_OPTIONS = ("name", "start", "init_from", "init_weights")
+_RESIZING = {"dynamic_img_size": True}
+"""Makes timm's models resize their positions in every forward pass, where images have another size than `img_size`."""
 
 
 def make_model(recipe: Recipe, num_classes: int) -> nn.Module:
@@ -27,16 +30,29 @@ def make_model(recipe: Recipe, num_classes: int) -> nn.Module:
     if not timm.is_model(section.name):
         near = difflib.get_close_matches(section.name, timm.list_models(), n=3)
         raise UserError(f"model.name '{section.name}' is not in timm's registry; the nearest names there are {near}")
+    options = given | (_RESIZING if _is_to_resize(recipe) else {})
     try:
-        return timm.create_model(section.name, num_classes=num_classes, img_size=recipe.augment.image_size, **given)
+        return timm.create_model(section.name, num_classes=num_classes, img_size=recipe.augment.image_size, **options)
     except (TypeError, AssertionError) as error:  # how timm's own models refuse
+        if "dynamic_img_size" in str(error):
+            raise UserError(
+                f"progressive.image_sizes {recipe.progressive.image_sizes}: model.name '{section.name}' takes images "
+                "of one size alone: leave it empty, or take a ViT, DeiT, T2T-ViT or ViTTM"
+            ) from error
         raise UserError(f"model.name '{section.name}' does not take the options {given}: {error}") from error
+
+
+def _is_to_resize(recipe: Recipe) -> bool:
+    """Whether timm has to be told that images of several sizes come; our own models expect that."""
+    ours = timm.model_entrypoint(recipe.model.name).__module__.startswith(__package__)
+    return bool(recipe.progressive.image_sizes) and not ours
 
 
 def trained_model(recipe: Recipe, weights: Mapping[str, Tensor], source: str) -> nn.Module:
     """The model of a recipe with all of its weights, which the user knows as `source` and which decide how many classes
-    it has; on the CPU, in evaluation mode. Raises UserError where they are not those of such a model."""
-    model = make_model(recipe, num_classes=1)
+    it has; on the CPU, in evaluation mode, for images of the size that it is evaluated on. Raises UserError where they
+    are not those of such a model."""
+    model = make_model(replace(recipe, progressive=Progressive()), num_classes=1)
     model.reset_classifier(num_stored_classes(model, weights, source))  # type: ignore[operator] # timm's models have it
     load_weights(model, weights, source, new_heads=False)
     return model.eval()

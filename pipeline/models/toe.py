@@ -5,7 +5,6 @@ Shapes: B batch, N tokens of patches, K those that are kept, n those that a roun
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from math import inf, prod
 from typing import NamedTuple
 
@@ -201,21 +200,6 @@ class TokenStages:
     def __call__(self, step: int) -> None:
         """The next step to train, counted from 0."""
         self.expansion.set_epoch(step // self.batches_per_epoch)
-
-    def check(self, total: int) -> None:
-        """Raises UserError where a training of so many steps ends before the last stage begins."""
-        steps, each = self.expansion.options.steps, self.batches_per_epoch
-        if steps and steps[-1] * each >= total:
-            raise UserError(
-                f"token_expansion.steps {steps}: the stage of epoch {steps[-1]} would never begin, as schedule.length "
-                f"is {total} steps, {each} an epoch: train longer, or begin it earlier"
-            )
-
-    def parts(self, start: int, total: int) -> list[tuple[int, int]]:
-        """What is left between these steps, as (first step, number of steps) of each stage."""
-        begins = [epoch * self.batches_per_epoch for epoch in self.expansion.options.steps]
-        bounds = [start, *(step for step in begins if start < step < total), total]
-        return [(first, last - first) for first, last in pairwise(bounds)]
 
 
 def expand_tokens(model: nn.Module, expansion: TokenExpansion) -> nn.Module:

@@ -54,8 +54,12 @@ def speed(run: Run, trial: Trial) -> Iterator[str]:
     yield "speed: measured on this launch, each alone"
     seconds = f"{trial.step_seconds:.3f} s a step"
     if len(trial.stages) > 1:
-        each = ", ".join(f"{number} steps of {time:.3f} s" for number, time in trial.stages)
-        yield f"the mean of the stages of token expansion that are left: {each}"
+        yield "these are means over the stages that are left:"
+        for stage in trial.stages:
+            yield (
+                f"{stage.number} steps of {stage.step_seconds:.3f} s, with images of {stage.image_size} px, which come "
+                f"in {stage.load_seconds:.3f} s"
+            )
     yield f"the loader brings {loaded:,.0f} images/s, steps take {taken:,.0f} images/s ({seconds})"
     yield verdict(loaded, taken)
     if trial.peak:

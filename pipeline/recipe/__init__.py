@@ -5,6 +5,7 @@ from pipeline.recipe.command_line import parse
 from pipeline.recipe.files import with_text
 from pipeline.recipe.leaves import flatten, unflatten
 from pipeline.recipe.model import Model
+from pipeline.recipe.progressive import Progressive
 from pipeline.recipe.sections import (
     Augment,
     Checkpoint,
@@ -27,6 +28,7 @@ __all__ = [
     "Evaluation",
     "Model",
     "Optimizer",
+    "Progressive",
     "Recipe",
     "Runtime",
     "Schedule",

@@ -8,6 +8,7 @@ import tyro
 
 from pipeline.recipe.bottleneck import Bottleneck
 from pipeline.recipe.model import Model
+from pipeline.recipe.progressive import Progressive
 from pipeline.recipe.token_expansion import TokenExpansion
 
 Origin = tuple[tuple[str, Mapping[str, object]], ...]
@@ -223,6 +224,7 @@ class Recipe:
     model: Model = field(default_factory=Model)
     token_expansion: TokenExpansion = field(default_factory=TokenExpansion)
     bottleneck: Bottleneck = field(default_factory=Bottleneck)
+    progressive: Progressive = field(default_factory=Progressive)
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
     evaluation: Evaluation = field(default_factory=Evaluation)

@@ -9,6 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from pipeline.recipe.stages import begins
 from pipeline.record import WEIGHTS, read_recipe, weights_path
 from pipeline.status import Facts, progress_of, seconds_of
 from pipeline.status.files import number, read_object
@@ -77,11 +78,11 @@ def _parameters(run_dir: Path) -> int | None:
 
 def _flops(run_dir: Path, images: int, epoch: float | None) -> float | None:
     """Of all training steps, up to an epoch; None where the model cannot be built, or its number of classes is not
-    known, or which stages of token expansion there were."""
+    known, or which stages there were."""
     heads = [shape for name, shape in _shapes(run_dir).items() if name in ("head.weight", "fc.weight")]
     try:
         recipe = read_recipe(run_dir)
-        if not heads or (epoch is None and recipe.token_expansion.steps):
+        if not heads or (epoch is None and len(begins(recipe)) > 1):
             return None
         return Flops.of(recipe, heads[0][0], 2).mean(0, epoch or 0) * FORWARDS_A_STEP * images
     except (UserError, RuntimeError):

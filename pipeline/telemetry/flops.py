@@ -6,9 +6,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.models.build import make_model
-from pipeline.models.toe import TokenStages
+from pipeline.models.stages import on_meta
 from pipeline.recipe import Recipe
+from pipeline.recipe.stages import begins
 
 FORWARDS_A_STEP = 3
 """A training step counts as three forward passes: the backward pass has two products where the forward one has one
@@ -31,15 +31,13 @@ default). From NVIDIA's data sheets of each card and its white papers of the Amp
 
 @dataclass(frozen=True)
 class Flops:
-    """`forward_flops` of each stage of token expansion, after the epoch that it begins with; one, from epoch 0 on, of a
-    recipe without."""
+    """`forward_flops` of each stage, after the epoch that it begins with; one, from epoch 0 on, of a recipe without."""
 
     stages: tuple[tuple[int, float], ...]
 
     @classmethod
     def of(cls, recipe: Recipe, num_classes: int, batch: int) -> "Flops":
-        begins = sorted({0, *recipe.token_expansion.steps})
-        return cls(tuple((epoch, forward_flops(recipe, num_classes, batch, epoch)) for epoch in begins))
+        return cls(tuple((epoch, forward_flops(recipe, num_classes, batch, epoch)) for epoch in begins(recipe)))
 
     def at(self, epoch: int) -> float:
         return [flops for begins, flops in self.stages if begins <= epoch][-1]
@@ -60,14 +58,9 @@ NO_FLOPS = Flops(((0, 0.0),))
 
 def forward_flops(recipe: Recipe, num_classes: int, batch: int, epoch: int | None = None) -> float:
     """Operations of one image's forward pass in training, a multiplication and an addition counting as two: those of
-    matrix products and convolutions, in a micro-batch of `batch` images; on all tokens, or on those of an epoch, whose
-    selection counts too. Nothing is computed: the model is on meta."""
-    side = recipe.augment.image_size
-    with torch.device("meta"):
-        model = make_model(recipe, num_classes)
-        images = torch.empty(batch, 3, side, side)
-    if epoch is not None:
-        TokenStages.of(recipe.token_expansion, model, batches_per_epoch=1)(epoch)
+    matrix products and convolutions, in a micro-batch of `batch` images; on all tokens of the largest images, or as in
+    an epoch, whose selection of tokens counts too. Nothing is computed: the model is on meta."""
+    model, images = on_meta(recipe, num_classes, batch, epoch)
     # The products of attention are counted only where they are products: fused kernels of CPUs have no formula.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(images)

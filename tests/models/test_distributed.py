@@ -44,11 +44,12 @@ VITTM = {
 T2T_VIT = {"T2T transformer": {"tokens_type": "transformer"}, "T2T performer": {"tokens_type": "performer"}}
 SMALL_T2T = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3, "token_dim": 16, "num_classes": 7}
 EXPANDED = {"token expansion": "vit_tiny_patch16_224", "token expansion of DeiT": "deit_tiny_distilled_patch16_224"}
+RESIZED = {"images of several sizes": (16, 32, 24)}  # by steps
 SMALL_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}
 LTM = {"LTM of ViT": ("ltm_vit_small", {}), "LTM of MobileViT": ("ltm_mobilevit_xs", {"compression_ratio": 0.5})}
 PAIRS = [
     *((name, strategy) for name in VITTM for strategy in STRATEGIES),
-    *((name, strategy) for name in (*T2T_VIT, *EXPANDED, *LTM) for strategy in ("fsdp", "zero2")),
+    *((name, strategy) for name in (*T2T_VIT, *EXPANDED, *RESIZED, *LTM) for strategy in ("fsdp", "zero2")),
 ]
 STEPS, BATCH = 3, 4
 TOLERANCE = 1e-5
@@ -77,6 +78,8 @@ def build(name: str) -> nn.Module:
         return expand_tokens(model, expansion)
     if name in LTM:  # norms of batches are those of evaluation: a rank's are of its own samples
         return ltm_reference.build(LTM[name][0], **LTM[name][1])
+    if name in RESIZED:
+        return timm.create_model("deit_tiny_patch16_224", dynamic_img_size=True, **SMALL_VIT)
     model = T2TViT(**SMALL_T2T | T2T_VIT[name])
     for layer in model.modules():
         if isinstance(layer, nn.Dropout):  # ranks draw their own
@@ -93,8 +96,8 @@ def train(world: World, name: str) -> list[list[float]]:
     backend.set_lr(1e-3)
     generator = torch.Generator().manual_seed(1)
     steps = []
-    for _ in range(STEPS):
-        images = torch.randn(BATCH, 3, 32, 32, generator=generator)[world.rank :: world.size]
+    for side in RESIZED.get(name, (32,) * STEPS):
+        images = torch.randn(BATCH, 3, side, side, generator=generator)[world.rank :: world.size]
         targets = torch.eye(7)[torch.arange(BATCH)[world.rank :: world.size]]
         stepped = backend.step(SummedOverHeads("ce"), [(images, targets)])
         steps.append([world.sum([stepped.loss.item()])[0] / world.size, stepped.grad_norm.item()])
