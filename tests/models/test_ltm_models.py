@@ -234,6 +234,17 @@ def test_a_ratio_that_is_none_is_refused(ratio):
     )
 
 
+@pytest.mark.parametrize(("name", "factor", "message"), [
+    ("ltm_efficientvit_b1", 0.1, "width_factor=0.1 leaves 13 channels to the first blocks that attend, but a head of "
+                                 "them has 16: enlarge it"),
+    ("ltm_swin_tiny", 0, "width_factor=0: it multiplies the widths of the model, so that it is above 0: enlarge it"),
+])  # fmt: skip
+def test_widths_that_cannot_be_are_refused(name, factor, message):
+    with pytest.raises(UserError) as caught:
+        timm.create_model(name, width_factor=factor)
+    assert str(caught.value) == message
+
+
 # --- by the recipe
 
 

@@ -89,11 +89,9 @@ class MaskModule(nn.Module):
     @torch.no_grad()
     def _pooled(self, previous: Merges, num_tokens: int) -> Tensor:
         """The mask of the block before, averaged to (B, N, P)."""
-        before = previous.groups.shape[1]
+        before, size = previous.groups.shape[1], (num_tokens, self.num_merged(num_tokens))
         dense = previous.dense(self.num_merged(before))
-        return (
-            dense if before == num_tokens else F.adaptive_avg_pool2d(dense, (num_tokens, self.num_merged(num_tokens)))
-        )
+        return dense if before == num_tokens else F.adaptive_avg_pool2d(dense, size)
 
 
 def middles(num_tokens: int, num_parts: int, device: torch.device) -> Tensor:
@@ -157,7 +155,7 @@ def _sum_of(tokens: Tensor, groups: Tensor, num_groups: int) -> Tensor:
     """The sum of every group's tokens: (B, N, D) -> (B, num_groups, D)."""
     batch, _, width = tokens.shape
     sums = tokens.new_zeros(batch * num_groups, width)
-    return sums.index_add(0, _rows(groups, num_groups), tokens.flatten(0, 1)).view(batch, num_groups, width)
+    return sums.index_add_(0, _rows(groups, num_groups), tokens.flatten(0, 1)).view(batch, num_groups, width)
 
 
 def _value_of(merged: Tensor, groups: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ class LTM(nn.Module):
         """Of the model without merging, too: the mask modules stay as they are then. Some of their weights without the
         others are an error, as any that is missing."""
         names = self.mask_names()
-        if not any(name in state_dict for name in names):
+        if names and not any(name in state_dict for name in names):
             own = self.state_dict()
             state_dict = {**state_dict, **{name: own[name] for name in names}}
         return super().load_state_dict(state_dict, strict, assign)
@@ -108,7 +108,7 @@ class LTMSwin(_Chained, SwinTransformer):
     kinds: ClassVar = {SwinTransformerBlock: SwinBlock}
 
     def __init__(
-        self, *, width_factor: float = 1.0, embed_dim: int, num_heads: tuple[int, ...], **options: Any
+        self, *, embed_dim: int, num_heads: tuple[int, ...], width_factor: float = 1.0, **options: Any
     ) -> None:
         width, *heads = _scaled((embed_dim, *num_heads), width_factor)
         super().__init__(embed_dim=width, num_heads=tuple(heads), **options)
@@ -130,15 +130,26 @@ class LTMEfficientViT(LTM, EfficientVit):
         *,
         widths: tuple[int, ...],
         head_widths: tuple[int, ...],
+        head_dim: int,
         width_factor: float = 1.0,
         img_size: int | tuple[int, int] = 224,
         **options: Any,
     ) -> None:
         widths, head_widths = _scaled(widths, width_factor), _scaled(head_widths, width_factor)
-        super().__init__(widths=widths, head_widths=head_widths, **options)
+        if widths[-2] < head_dim:
+            raise UserError(
+                f"width_factor={width_factor} leaves {widths[-2]} channels to the first blocks that attend, but a head "
+                f"of them has {head_dim}: enlarge it"
+            )
+        super().__init__(widths=widths, head_widths=head_widths, head_dim=head_dim, **options)
 
 
 def _scaled(numbers: tuple[int, ...], factor: float) -> tuple[int, ...]:
+    """At least 1 each. Raises UserError for a factor that is not positive."""
+    if not factor > 0:
+        raise UserError(
+            f"width_factor={factor}: it multiplies the widths of the model, so that it is above 0: enlarge it"
+        )
     return tuple(max(1, round(number * factor)) for number in numbers)
 
 

@@ -24,7 +24,10 @@ default_cfgs = generate_default_cfgs({name: get_pretrained_cfg(base) for name, b
 
 
 def _vit(name: str, pretrained: bool, options: dict[str, Any]) -> LTM:
-    return build_model_with_cfg(LTMViT, name, pretrained, pretrained_filter_fn=vit_filter, **options)
+    feature_cfg = {"out_indices": 3, "feature_cls": "getter"}
+    return build_model_with_cfg(
+        LTMViT, name, pretrained, pretrained_filter_fn=vit_filter, feature_cfg=feature_cfg, **options
+    )
 
 
 def _swin(name: str, pretrained: bool, options: dict[str, Any]) -> LTM:
