@@ -219,7 +219,7 @@ def test_what_takes_smaller_images(shards, tmp_path, model):
 
 def test_vittm_refuses_them_where_weights_are_sized_by_tokens(shards, alone, tmp_path):
     made, sized = small(shards, tmp_path / "run", VARIANT), Model("vittm_tiny", rw_head_type="tl", **PATCHES)
-    with pytest.raises(UserError, match="'vittm_tiny' cannot be trained on images of 16 pixels: .*rw_head_type"):
+    with pytest.raises(UserError, match=r"'vittm_tiny' cannot be trained on images of 16 pixels: .*rw_head_type"):
         prepare(dataclasses.replace(made, model=sized, token_expansion=TokenExpansion()), alone)
 
 
