@@ -24,14 +24,19 @@ CRITERIA: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": cross_entropy, 
 
 
 class Objective(Protocol):
-    """What is minimised: of a model's outputs and targets [B, C], and the tensors to save and load with the run."""
+    """What is minimised: of a model's outputs and targets [B, C]. num_bytes: of what it keeps on the device; state: of
+    that, what is to be saved and loaded with the run."""
 
+    @property
+    def num_bytes(self) -> int: ...
     def __call__(self, outputs: Tensor, targets: Tensor, /) -> Tensor: ...
     def state(self) -> list[Shard]: ...
 
 
 class SummedOverHeads:
     """criterion(outputs, targets): the sum over a model's heads, in fp32."""
+
+    num_bytes = 0
 
     def __init__(self, name: str) -> None:
         self.criterion = CRITERIA[name]

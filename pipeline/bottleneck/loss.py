@@ -49,6 +49,10 @@ class BottleneckLoss:
         bound = ib_bound(soft_assign(features, self.features), phi_x, self.profile, labels)
         return F.cross_entropy(outputs.float(), labels) + self.weight * bound
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.pixels, self.features, self.profile))
+
     def state(self) -> list[Shard]:
         """What a run that is continued in the middle of an epoch cannot find again; it is loaded in place."""
         kept = {"features": self.features, "profile": self.profile}

@@ -18,6 +18,9 @@ def memory(run: Run, footprint: Footprint, activations: int) -> Iterator[str]:
     there = memory_of(world.device, world.size // world.nodes)
     yield f"memory a rank: an estimate from shapes; {size(there)} a {world.device.type} rank are there"
     yield f"activations of a micro-batch: {size(activations)}"
+    if beside := run.learner.criterion.num_bytes:
+        activations += beside
+        yield f"clusters of the bottleneck, added to activations below: {size(beside)}"
     for strategy in possible(run):
         held = footprint.held(strategy, world.size)
         parts = ("weights", "gradients", "states", "averages", "passing")
