@@ -107,21 +107,22 @@ class EfficientViTBlock(Merging, EfficientVitBlock):
         tokens = x.flatten(2).mT
         mask = self.mask(tokens, previous)
         merged, convolutions = mask.merge(tokens), self.local_module.main
-        inner = _as_tokens(convolutions.inverted_conv(_as_column(merged)))
+        inner = _as_tokens(convolutions.inverted_conv(_as_row(merged)))
         inner = convolutions.depth_conv(mask.unmerge(inner).mT.unflatten(2, grid))
         inner = mask.merge(inner.flatten(2).mT)
-        merged = merged + _as_tokens(convolutions.point_conv(_as_column(inner)))
+        merged = merged + _as_tokens(convolutions.point_conv(_as_row(inner)))
         return mask.unmerge(merged).mT.unflatten(2, grid), mask.merges()
 
 
-def _as_column(tokens: Tensor) -> Tensor:
-    """(B, P, D) -> (B, D, P, 1)."""
-    return tokens.mT.unsqueeze(3)
+def _as_row(tokens: Tensor) -> Tensor:
+    """(B, P, D) -> (B, D, 1, P): of (B, D, P, 1), torch 2.12 computes wrong gradients of batch norms on CPU, where the
+    gradient that comes in lies the other way round."""
+    return tokens.mT.unsqueeze(2)
 
 
-def _as_tokens(column: Tensor) -> Tensor:
-    """(B, D, P, 1) -> (B, P, D)."""
-    return column.squeeze(3).mT
+def _as_tokens(row: Tensor) -> Tensor:
+    """(B, D, 1, P) -> (B, P, D)."""
+    return row.squeeze(2).mT
 
 
 def _divisor(side: int, largest: int) -> int:
