@@ -21,22 +21,23 @@ def gradients(model: nn.Module, given: Tensor, made: Tensor) -> list[Tensor]:
     return [made, *torch.autograd.grad((made * weight).sum(), weights)]
 
 
-def given_to(name: str, number: int) -> Tensor:
-    """What stage `number` of the small model gets, of two samples."""
+def given_to(name: str, number: int, batch: int) -> Tensor:
+    """What stage `number` of the small model gets."""
     model = reference.unlike(reference.build(name)).double()
     found: list[Tensor] = []
     model.chains()[number].register_forward_pre_hook(lambda stage, inputs: found.append(inputs[0].detach()))
-    model(reference.images(name).double())
+    model(reference.images(name, batch).double())
     return found[0].requires_grad_()
 
 
 STAGES = [("ltm_vit_small", 0), *((name, number) for name in FAMILIES[1:] for number in (0, 1))]
 
 
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize(("name", "number"), STAGES)
-def test_a_stage_is_that_of_the_specification(name, number):
+def test_a_stage_is_that_of_the_specification(name, number, batch):
     stage = reference.unlike(reference.build(name)).double().chains()[number]
-    x = given_to(name, number)
+    x = given_to(name, number, batch)
     head = [block for block in stage if not isinstance(block, Merging)]
     start = nn.Sequential(*head)(x)
     samples = []

@@ -7,13 +7,14 @@ Shapes: B batch, N tokens, P merged tokens, D width; S sets of tokens an image t
 """
 
 import math
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from timm.models.efficientvit_mit import EfficientVitBlock
 from timm.models.swin_transformer import SwinTransformerBlock, window_partition, window_reverse
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from pipeline.models.ltm.mask import MaskModule, Merges
 
@@ -102,26 +103,43 @@ class EfficientViTBlock(Merging, EfficientVitBlock):
 
     def forward(self, x: Tensor, previous: Merges | None = None) -> Merged:  # type: ignore[override]
         """(B, D, rows, columns) -> the same."""
-        x = self.context_module(x)
+        x = _Aligned.apply(self.context_module(x))
         grid = x.shape[-2:]
         tokens = x.flatten(2).mT
         mask = self.mask(tokens, previous)
         merged, convolutions = mask.merge(tokens), self.local_module.main
-        inner = _as_tokens(convolutions.inverted_conv(_as_column(merged)))
+        inner = _as_tokens(convolutions.inverted_conv(_as_row(merged)))
         inner = convolutions.depth_conv(mask.unmerge(inner).mT.unflatten(2, grid))
         inner = mask.merge(inner.flatten(2).mT)
-        merged = merged + _as_tokens(convolutions.point_conv(_as_column(inner)))
+        merged = merged + _as_tokens(_Aligned.apply(convolutions.point_conv(_as_row(inner))))
         return mask.unmerge(merged).mT.unflatten(2, grid), mask.merges()
 
 
-def _as_column(tokens: Tensor) -> Tensor:
-    """(B, P, D) -> (B, D, P, 1)."""
-    return tokens.mT.unsqueeze(3)
+class _Aligned(Function):
+    """What comes out of a batch norm, whose gradient comes back in the layout that its shape says. Torch's batch norms
+    on CPU (2.12) take gradients for others, without a word, where a dimension of size 1 has a stride of its own."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        """Nothing is needed."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override] # of one output
+        return grad.contiguous()
 
 
-def _as_tokens(column: Tensor) -> Tensor:
-    """(B, D, P, 1) -> (B, P, D)."""
-    return column.squeeze(3).mT
+def _as_row(tokens: Tensor) -> Tensor:
+    """(B, P, D) -> (B, D, 1, P)."""
+    return tokens.mT.unsqueeze(2)
+
+
+def _as_tokens(row: Tensor) -> Tensor:
+    """(B, D, 1, P) -> (B, P, D)."""
+    return row.squeeze(2).mT
 
 
 def _divisor(side: int, largest: int) -> int:
