@@ -17,20 +17,19 @@ Images:   of 224 px; by efficienttrain of 160 px up to epoch 180, of 192 up to 2
           magnitude 1, and every 60 epochs 2 more. Evaluation is at 224 px throughout.
 Time:     300 epochs of 1,281,167 images; not measured. Arithmetic: if steps reached 40 % of the 312 TFLOP/s of each of
           8 A100 (an assumption), tiny, small and base would take 0.62, 2.27 and 8.68 hours, and 0.80, 2.95 and 11.27
-          on all tokens; by efficienttrain 0.43, 1.61 and 6.23, and 0.51, 1.89 and 7.29 on
-          all tokens.
+          on all tokens; by efficienttrain 0.43, 1.61 and 6.23, and 0.51, 1.89 and 7.29 on all tokens.
 Top-1:    not measured here. DeiT's authors, on all tokens: 72.2 % (tiny), 79.9 % (small), 81.8 % (base).
-Differs:  no sample is repeated (DeiT's repeated augmentation); bf16, where DeiT has fp16; the warm-up moves every step,
-          and the cosine begins after it, where DeiT's runs beneath it and moves an epoch later (at most 1.1 % of the
-          peak apart); mixing is drawn once a global batch, where DeiT draws it once a rank; images take the fast path
-          (README), whose resize is rounded otherwise than Pillow's. DeiT's 10 epochs of cool-down are no difference:
-          its program ends before them.
-          efficienttrain: its authors' program decodes, augments and erases 224 px in every stage, and then cuts the
-          high frequencies off on the GPU (a Fourier transform), in evaluation too; here crops are resized to the
-          stage's side when they are decoded, and augmented there. It trains positions of the stage's grid, which it
-          resizes bilinearly (and the optimizer's moments with them) where a stage begins; here those of 224 px are
-          trained throughout, resized in every forward pass (bicubic, antialiased, by timm). It has fp16, too. The
-          batch, the schedule by steps, weight decay, clipping and drop path are as there; it keeps no average either.
+Differs:  mixing is drawn once a global batch, where the authors draw it once a rank; bf16, where they have fp16; images
+          take the fast path (README), whose resize is rounded otherwise than Pillow's.
+          Of DeiT's program: no sample is repeated (its repeated augmentation); the warm-up moves every step, and the
+          cosine begins after it, where DeiT's runs beneath it and moves an epoch later (at most 1.1 % of the peak
+          apart). Its 10 epochs of cool-down are no difference: it ends before them.
+          Of EfficientTrain's: it decodes, augments and erases 224 px in every stage, and then cuts high frequencies off
+          (a Fourier transform on the GPU), in evaluation too; here crops become as small as the stage's images when
+          they are decoded, and are augmented so. It trains positions of the stage's grid, and where a stage begins
+          resizes them (bilinear) and the optimizer's moments of them; here those of 224 px are trained throughout, and
+          resized in every forward pass (by timm, bicubic and antialiased). Batch, schedule, weight decay, clipping and
+          drop path are as there, and no average is kept.
 Debug:    --debug trains a model of 32 px on scikit-learn's handwritten digits, on any machine, in a minute or two.
 """
 
@@ -123,7 +122,7 @@ def debug(model: str) -> Recipe:
 
 
 def efficient(plain: Recipe) -> Recipe:
-    """The variant of a recipe."""
+    """EfficientTrain's settings, the same for every size."""
     return replace(
         plain,
         run_dir=f"{plain.run_dir}-efficienttrain",
