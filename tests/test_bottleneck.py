@@ -48,7 +48,7 @@ def small(data: Path, run_dir: Path, **changed: object) -> Recipe:
 
 
 def look(recipe: Recipe, world: backend.World, to: Path) -> None:
-    """What is found before the first step, into a file of this rank."""
+    """What is found before the first step, into a file of this rank; a signal ends the search on every rank."""
     run = prepare(recipe, world)
     with run.record.open(0, STEPS):
         assert run.bottleneck(0)
@@ -56,6 +56,9 @@ def look(recipe: Recipe, world: backend.World, to: Path) -> None:
         for step, is_on in ((STEPS_AN_EPOCH - 1, False), (STEPS_AN_EPOCH + 1, True)):
             assert run.bottleneck(step)
             assert loss.is_on == is_on
+        world.stop.raised = world.rank == world.size - 1  # as by a signal to one rank
+        assert not run.bottleneck(0)
+        world.stop.raised = False
     found = {name: getattr(loss, name) for name in ("pixels", "features", "profile")}
     save_file(found, to.with_suffix(f".{world.rank}"))
     run.learner.backend.close()
