@@ -1,4 +1,4 @@
-"""What LTM costs at ratio 0.8, as tools/ltm_cost.py prints: parameters as the base's, and multiplications by an own count."""
+"""What LTM costs at ratio 0.8, as tools/ltm_cost.py prints, and by a count of its own."""
 
 import pytest
 import timm
