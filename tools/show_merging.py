@@ -122,22 +122,24 @@ def _draw(
     top = MARGIN + LINE * len(lines) + GAP
     sheet = Image.new("RGB", (width, top + 2 * (CELL + GAP) + LINE + MARGIN), "white")
     canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    canvas.text(
-        (MARGIN, MARGIN - 4), "Weights of the tokens that merged into one", "#1a1a1a", ImageFont.load_default(18)
-    )
-    for number, line in enumerate(lines, start=1):
-        canvas.text((MARGIN, MARGIN + number * LINE), line, "#666666", font)
+    for number, line in enumerate(lines):
+        canvas.text((MARGIN, MARGIN + number * LINE), line, GREY, font)
     image = Image.fromarray(pixels).resize((CELL, CELL), Image.Resampling.BICUBIC)
-    for column, (row, place_in_row) in enumerate(places):
-        shares = np.where(targets == targets[row, place_in_row], weights, 0)
-        corner = MARGIN + column * (CELL + GAP), top
-        below = corner[0], top + CELL + GAP
-        sheet.paste(image, corner)
-        _box(canvas, corner, (row, place_in_row), targets.shape)
-        sheet.paste(heat(image, shares), below)
-        caption = f"{row},{place_in_row}: {np.count_nonzero(shares)} tokens, max {shares.max():.0%}"
-        canvas.text((below[0] + CELL // 2, below[1] + CELL + LINE // 2), caption, GREY, font, anchor="mm")
+    for column, token in enumerate(places):
+        shares = np.where(targets == targets[token], weights, 0)
+        _draw_column(sheet, (MARGIN + column * (CELL + GAP), top), image, token, shares)
     return sheet
+
+
+def _draw_column(sheet: Image.Image, corner: Grid, image: Image.Image, token: Grid, shares: NDArray) -> None:
+    """A token in its red box, the weights of what merged with it, and a caption."""
+    canvas, below = ImageDraw.Draw(sheet), (corner[0], corner[1] + CELL + GAP)
+    sheet.paste(image, corner)
+    _box(canvas, corner, token, shares.shape)
+    sheet.paste(heat(image, shares), below)
+    caption = f"{token[0]},{token[1]}: {np.count_nonzero(shares)} tokens, max {shares.max():.0%}"
+    middle = below[0] + CELL // 2, below[1] + CELL + LINE // 2
+    canvas.text(middle, caption, GREY, ImageFont.load_default(13), anchor="mm")
 
 
 def _box(canvas: ImageDraw.ImageDraw, corner: Grid, token: Grid, grid: Grid) -> None:

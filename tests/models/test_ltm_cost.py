@@ -1,4 +1,4 @@
-"""What LTM costs at ratio 0.8, as README.md says: parameters as the base's, and multiplications by an own count."""
+"""What LTM costs at ratio 0.8, as tools/ltm_cost.py prints, and by a count of its own."""
 
 import pytest
 import timm
@@ -43,19 +43,20 @@ def counted(name: str, side: int) -> tuple[float, float]:
 @pytest.mark.parametrize(("name", "side"), COST)
 def test_parameters_and_macs(name, side):
     millions, base, merging = COST[name, side]
-    for model, macs, ratio in ((BASES[name], base, 1), (name, merging, ltm_cost.RATIO)):
-        assert counted(model, side) == pytest.approx((millions, macs), abs=6e-4)
-        assert ltm_cost.cost(name, side, ratio) == pytest.approx((millions, macs), abs=6e-4)
+    assert counted(BASES[name], side) == pytest.approx((millions, base), abs=6e-4)
+    assert counted(name, side) == pytest.approx((millions, merging), abs=6e-4)
 
 
 def test_the_table_tells_ours_from_the_authors(capsys):
     assert ltm_cost.main([]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert {line.split("  ")[-1] for line in lines if line[-5:] in ("table", " here")} == {
-        "measured here",
-        "the authors' table",
-    }
-    assert "LTM-ViT-B                                     86.5    12.90     83.9  the authors' table" in lines
-    assert "ltm_vit_base at 224 px                      86.568    6.126           measured here" in lines
+    expected = [
+        f"{f'{model} at {side} px':<40}{millions:>10.3f}{macs:>9.3f}{'':>9}  measured here"
+        for (name, side), (millions, base, merging) in COST.items()
+        for model, macs in ((BASES[name], base), (name, merging))
+    ]
+    assert [line for line in lines if line.endswith("  measured here")] == expected
+    theirs = [line for line in lines if line.endswith("  the authors' table")]
+    assert len(theirs) == 31
+    assert "LTM-ViT-B                                     86.5    12.90     83.9  the authors' table" in theirs
     assert "LTM has 0.35 of its base here, 0.73 in the table: -6.77 G from theirs." in lines
-    assert sum("the authors' table" in line for line in lines) == 31

@@ -146,7 +146,7 @@ def test_checkpointing_saves_memory():
         ("ltm_vit_small", 1),
         pytest.param("ltm_swin_tiny", 0, marks=pytest.mark.soak),
         pytest.param("ltm_mobilevit_xs", 0, marks=pytest.mark.soak),
-        ("ltm_efficientvit_b1", 0),
+        pytest.param("ltm_efficientvit_b1", 0, marks=pytest.mark.soak),
     ],
 )
 def test_compiled_layers_have_no_graph_break(name, every):

@@ -126,7 +126,7 @@ class _Merge(Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override] # of one output
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         mask, tokens, groups = ctx.saved_tensors
         for_mask = tokens.to(mask.dtype) @ grad.to(mask.dtype).mT
         for_tokens = mask.gather(2, groups.unsqueeze(2)) * _value_of(grad, groups)
@@ -145,7 +145,7 @@ class _Unmerge(Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override] # of one output
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         hard, tokens, groups = ctx.saved_tensors
         for_hard = grad.to(hard.dtype) @ tokens.to(hard.dtype).mT
         return for_hard, _sum_of(grad.to(hard.dtype), groups, hard.shape[2]).to(tokens.dtype), None
