@@ -1,6 +1,6 @@
 """Token expansion, alone and with EfficientTrain's stages: on two ranks of every strategy a run that is killed in the
-middle of a stage ends with the same bits, and the debug forms learn digits. With and without it DeiT-tiny is as good,
-in less time."""
+middle of a stage ends with the same bits, and the debug forms learn digits. With and without it DeiT-tiny is as good
+within the noise of three seeds, in less time."""
 
 import dataclasses
 import json
@@ -108,7 +108,7 @@ def train_one(recipe: Recipe) -> None:
 
 
 @pytest.mark.soak
-def test_deit_tiny_is_as_good_in_less_time(digits, tmp_path):
+def test_deit_tiny_is_as_good_within_noise_in_less_time(digits, tmp_path):
     """Of three seeds each, in turns: the means of top-1 are apart by no more than two standard deviations (pooled) or
     one point, and every pair's run with token expansion is the quicker one."""
     full = toe_deit.make("deit_tiny_patch16_224", False).token_expansion
