@@ -57,7 +57,7 @@ def speed(run: Run, trial: Trial) -> Iterator[str]:
     yield "speed: measured on this launch, each alone"
     seconds = f"{trial.step_seconds:.3f} s a step"
     if len(trial.stages) > 1:
-        yield "these are means over the stages that are left:"
+        yield "the stages that are left, of which the figures below are means:"
         for stage in trial.stages:
             yield (
                 f"{stage.number} steps of {stage.step_seconds:.3f} s, with images of {stage.image_size} px, which come "
