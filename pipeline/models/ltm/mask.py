@@ -88,15 +88,30 @@ class MaskModule(nn.Module):
 
     @torch.no_grad()
     def _pooled(self, previous: Merges, num_tokens: int) -> Tensor:
-        """The mask of the block before, averaged to (B, N, P)."""
-        before, size = previous.groups.shape[1], (num_tokens, self.num_merged(num_tokens))
-        dense = previous.dense(self.num_merged(before))
-        return dense if before == num_tokens else F.adaptive_avg_pool2d(dense, size)
+        """The mask of the block before, averaged to (B, N, P).
+
+        By products, as adaptive pooling cannot be compiled for a changing number of tokens.
+        """
+        before = previous.groups.shape[1]
+        if before == num_tokens:
+            return previous.dense(self.num_merged(before))
+        rows = _averages(before, num_tokens, previous.weights)
+        columns = _averages(self.num_merged(before), self.num_merged(num_tokens), previous.weights)
+        return rows @ (previous.weights.unsqueeze(2) * F.embedding(previous.groups, columns.T))
 
 
 def middles(num_tokens: int, num_parts: int, device: torch.device) -> Tensor:
     """The tokens in the middles of so many equal parts: int64 (num_parts,)."""
     return (2 * torch.arange(num_parts, device=device) + 1) * num_tokens // (2 * num_parts)
+
+
+def _averages(before: int, after: int, like: Tensor) -> Tensor:
+    """What averages `before` numbers to `after`, each over what falls on its part, as a matrix (after, before); of the
+    device and type of `like`."""
+    parts, places = torch.arange(after, device=like.device).unsqueeze(1), torch.arange(before, device=like.device)
+    starts, ends = parts * before // after, ((parts + 1) * before + after - 1) // after
+    inside = ((starts <= places) & (places < ends)).to(like.dtype)
+    return inside / inside.sum(dim=1, keepdim=True)
 
 
 def _mask(logits: Tensor, anchors: Tensor) -> Mask:
