@@ -7,7 +7,7 @@ Shapes: B batch, N tokens, P merged tokens, D width; S sets of tokens an image t
 """
 
 import math
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from timm.models.efficientvit_mit import EfficientVitBlock
@@ -101,13 +101,13 @@ class SwinBlock(Merging, SwinTransformerBlock):
 class EfficientViTBlock(Merging, EfficientVitBlock):
     """Of EfficientViT: the 1x1 convolutions see the merged tokens, the 3x3 convolution between them the whole map."""
 
-    def forward(self, x: Tensor, previous: Merges | None = None) -> Merged:  # type: ignore[override]
+    def forward(self, x: Tensor, previous: Merges | None = None) -> Merged:
         """(B, D, rows, columns) -> the same."""
         x = _Aligned.apply(self.context_module(x))
         grid = x.shape[-2:]
         tokens = x.flatten(2).mT
         mask = self.mask(tokens, previous)
-        merged, convolutions = mask.merge(tokens), self.local_module.main
+        merged, convolutions = mask.merge(tokens), cast(Any, self.local_module.main)
         inner = _as_tokens(convolutions.inverted_conv(_as_row(merged)))
         inner = convolutions.depth_conv(mask.unmerge(inner).mT.unflatten(2, grid))
         inner = mask.merge(inner.flatten(2).mT)
@@ -128,7 +128,7 @@ class _Aligned(Function):
         """Nothing is needed."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override] # of one output
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad.contiguous()
 
 

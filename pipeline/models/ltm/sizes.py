@@ -1,8 +1,8 @@
 """The seven models in timm's registry; `pretrained` takes timm's weights of the model without merging."""
 
-from typing import Any
+from typing import Any, cast
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
+from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 from timm.models.mobilevit import model_cfgs
 from timm.models.swin_transformer import checkpoint_filter_fn as swin_filter
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter
@@ -20,7 +20,9 @@ BASES = {
 }
 """timm's models without merging: a ratio of 1 is these."""
 
-default_cfgs = generate_default_cfgs({name: get_pretrained_cfg(base) for name, base in BASES.items()})
+default_cfgs = generate_default_cfgs(
+    {name: cast(PretrainedCfg, get_pretrained_cfg(base)) for name, base in BASES.items()}
+)
 
 
 def _vit(name: str, pretrained: bool, options: dict[str, Any]) -> LTM:
@@ -86,10 +88,11 @@ def ltm_mobilevit_s(pretrained: bool = False, **keywords: Any) -> LTM:
 def ltm_efficientvit_b1(pretrained: bool = False, **keywords: Any) -> LTM:
     """EfficientViT-B1 of MIT's."""
     sizes = {"widths": (16, 32, 64, 128, 256), "depths": (1, 2, 3, 3, 4), "head_dim": 16, "head_widths": (1536, 1600)}
+    options: dict[str, Any] = sizes | keywords
     return build_model_with_cfg(
         LTMEfficientViT,
         "ltm_efficientvit_b1",
         pretrained,
         feature_cfg={"flatten_sequential": True, "out_indices": (0, 1, 2, 3)},
-        **sizes | keywords,
+        **options,
     )
