@@ -119,6 +119,7 @@ def layer_macs(model: nn.Module, images: torch.Tensor) -> float:
     found: list[int] = []
 
     def count(layer: nn.Module, given: object, made: torch.Tensor) -> None:
+        assert isinstance(layer, nn.Linear | nn.Conv2d)
         found.append(made.numel() * layer.weight[0].numel())
 
     for layer in model.modules():

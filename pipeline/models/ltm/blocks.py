@@ -10,7 +10,7 @@ import math
 from typing import Any, ClassVar, Self
 
 import torch
-from timm.models.efficientvit_mit import EfficientVitBlock
+from timm.models.efficientvit_mit import EfficientVitBlock, MBConv
 from timm.models.swin_transformer import SwinTransformerBlock, window_partition, window_reverse
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -101,13 +101,14 @@ class SwinBlock(Merging, SwinTransformerBlock):
 class EfficientViTBlock(Merging, EfficientVitBlock):
     """Of EfficientViT: the 1x1 convolutions see the merged tokens, the 3x3 convolution between them the whole map."""
 
-    def forward(self, x: Tensor, previous: Merges | None = None) -> Merged:  # type: ignore[override]
+    def forward(self, x: Tensor, previous: Merges | None = None) -> Merged:
         """(B, D, rows, columns) -> the same."""
         x = _Aligned.apply(self.context_module(x))
         grid = x.shape[-2:]
         tokens = x.flatten(2).mT
         mask = self.mask(tokens, previous)
         merged, convolutions = mask.merge(tokens), self.local_module.main
+        assert isinstance(convolutions, MBConv)
         inner = _as_tokens(convolutions.inverted_conv(_as_row(merged)))
         inner = convolutions.depth_conv(mask.unmerge(inner).mT.unflatten(2, grid))
         inner = mask.merge(inner.flatten(2).mT)
@@ -128,7 +129,7 @@ class _Aligned(Function):
         """Nothing is needed."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override] # of one output
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad.contiguous()
 
 

@@ -18,7 +18,7 @@ class Chain(nn.Sequential):
     kept: Sequence[Merges] = ()
     """The masks of the last forward pass in eval mode; in training none, which would hold the graph's memory."""
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override] # of tensors, not of anything
+    def forward(self, x: Tensor) -> Tensor:
         merges: list[Merges] = []
         for block in self:
             if isinstance(block, Merging):

@@ -85,6 +85,7 @@ class LTMViT(_Chained, VisionTransformer):
         super().__init__(**options)
         for stage in self.chains():
             for block in stage:
+                assert isinstance(block, ViTBlock)
                 block.num_prefix_tokens = self.num_prefix_tokens
 
     @property
