@@ -23,7 +23,7 @@ from pipeline.data.batch import Batch
 from pipeline.data.loading import Loading, serve_workers
 from pipeline.predict import load_checkpoint
 from pipeline.predict.answers import Answer, answered, check_classifier, opened
-from pipeline.predict.features import check_output, write_features
+from pipeline.predict.feature_files import check_output, write_features
 from pipeline.predict.find import check_device
 from pipeline.predict.names import readable
 from pipeline.predict.pictures import find_images

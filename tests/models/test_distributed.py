@@ -49,7 +49,8 @@ SMALL_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_
 LTM = {"LTM of ViT": ("ltm_vit_small", {}), "LTM of MobileViT": ("ltm_mobilevit_xs", {"compression_ratio": 0.5})}
 PAIRS = [
     *((name, strategy) for name in VITTM for strategy in STRATEGIES),
-    *((name, strategy) for name in (*T2T_VIT, *EXPANDED, *RESIZED, *LTM) for strategy in ("fsdp", "zero2")),
+    *((name, strategy) for name in (*T2T_VIT, *EXPANDED, *RESIZED) for strategy in ("fsdp", "zero2")),
+    *((name, strategy) for name in LTM for strategy in ("ddp", "fsdp", "zero2")),
 ]
 STEPS, BATCH = 3, 4
 TOLERANCE = 1e-5

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -109,7 +108,10 @@ def test_seeking_is_dropping(plan, start, data):
 class Echo:
     """In the place of samples: gives back what is asked for, the ids as images of a pixel."""
 
-    transform = SimpleNamespace(image_size=1)
+    largest = 1
+
+    def image_size_at(self, epoch) -> int:
+        return 1
 
     def fill(self, request, images) -> Filled:
         images[:] = request.ids[:, None, None, None]

@@ -7,10 +7,10 @@ Shapes: B batch, N tokens, P merged tokens, D width; S sets of tokens an image t
 """
 
 import math
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self
 
 import torch
-from timm.models.efficientvit_mit import EfficientVitBlock
+from timm.models.efficientvit_mit import EfficientVitBlock, MBConv
 from timm.models.swin_transformer import SwinTransformerBlock, window_partition, window_reverse
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -78,7 +78,7 @@ class MobileViTBlock(Merging, Block):
 class SwinBlock(Merging, SwinTransformerBlock):
     """Of Swin: tokens merge within windows, which stay where they are also in blocks whose attention shifts them, so
     that a mask is about the same tokens as the one before it. A window is the largest that divides the map and is not
-    larger than that of attention."""
+    larger than that of attention: 4 of 8 places a side where attention has 7, and of 11 places 1, which merges none."""
 
     def forward(self, x: Tensor, previous: Merges | None = None) -> Merged:  # type: ignore[override]
         """(B, rows, columns, D) -> the same."""
@@ -107,7 +107,8 @@ class EfficientViTBlock(Merging, EfficientVitBlock):
         grid = x.shape[-2:]
         tokens = x.flatten(2).mT
         mask = self.mask(tokens, previous)
-        merged, convolutions = mask.merge(tokens), cast(Any, self.local_module.main)
+        merged, convolutions = mask.merge(tokens), self.local_module.main
+        assert isinstance(convolutions, MBConv)
         inner = _as_tokens(convolutions.inverted_conv(_as_row(merged)))
         inner = convolutions.depth_conv(mask.unmerge(inner).mT.unflatten(2, grid))
         inner = mask.merge(inner.flatten(2).mT)

@@ -16,7 +16,7 @@ class Chain(nn.Sequential):
 
     grad_checkpointing: bool = False
     kept: Sequence[Merges] = ()
-    """The masks of the last forward pass in eval mode; in training none, which would hold the graph's memory."""
+    """The masks of the last forward pass in eval mode; none in training, where nobody asks for them."""
 
     def forward(self, x: Tensor) -> Tensor:
         merges: list[Merges] = []

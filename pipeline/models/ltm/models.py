@@ -83,9 +83,10 @@ class LTMViT(_Chained, VisionTransformer):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        for block in (block for stage in self.chains() for block in stage):
-            assert isinstance(block, ViTBlock)
-            block.num_prefix_tokens = self.num_prefix_tokens
+        for stage in self.chains():
+            for block in stage:
+                assert isinstance(block, ViTBlock)
+                block.num_prefix_tokens = self.num_prefix_tokens
 
     @property
     def all_learn(self) -> bool:

@@ -1,8 +1,8 @@
 """The seven models in timm's registry; `pretrained` takes timm's weights of the model without merging."""
 
-from typing import Any, cast
+from typing import Any
 
-from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 from timm.models.mobilevit import model_cfgs
 from timm.models.swin_transformer import checkpoint_filter_fn as swin_filter
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter
@@ -20,9 +20,8 @@ BASES = {
 }
 """timm's models without merging: a ratio of 1 is these."""
 
-default_cfgs = generate_default_cfgs(
-    {name: cast(PretrainedCfg, get_pretrained_cfg(base)) for name, base in BASES.items()}
-)
+_CFGS = {name: get_pretrained_cfg(base) for name, base in BASES.items()}
+default_cfgs = generate_default_cfgs({name: cfg for name, cfg in _CFGS.items() if cfg is not None})
 
 
 def _vit(name: str, pretrained: bool, options: dict[str, Any]) -> LTM:
@@ -42,6 +41,11 @@ def _swin(name: str, pretrained: bool, options: dict[str, Any]) -> LTM:
 def _mobilevit(name: str, pretrained: bool, options: dict[str, Any]) -> LTM:
     cfg, feature_cfg = model_cfgs[BASES[name]], {"flatten_sequential": True}
     return build_model_with_cfg(LTMMobileViT, name, pretrained, model_cfg=cfg, feature_cfg=feature_cfg, **options)
+
+
+def _efficientvit(name: str, pretrained: bool, options: dict[str, Any]) -> LTM:
+    feature_cfg = {"flatten_sequential": True, "out_indices": (0, 1, 2, 3)}
+    return build_model_with_cfg(LTMEfficientViT, name, pretrained, feature_cfg=feature_cfg, **options)
 
 
 @register_model
@@ -88,11 +92,4 @@ def ltm_mobilevit_s(pretrained: bool = False, **keywords: Any) -> LTM:
 def ltm_efficientvit_b1(pretrained: bool = False, **keywords: Any) -> LTM:
     """EfficientViT-B1 of MIT's."""
     sizes = {"widths": (16, 32, 64, 128, 256), "depths": (1, 2, 3, 3, 4), "head_dim": 16, "head_widths": (1536, 1600)}
-    options: dict[str, Any] = sizes | keywords
-    return build_model_with_cfg(
-        LTMEfficientViT,
-        "ltm_efficientvit_b1",
-        pretrained,
-        feature_cfg={"flatten_sequential": True, "out_indices": (0, 1, 2, 3)},
-        **options,
-    )
+    return _efficientvit("ltm_efficientvit_b1", pretrained, sizes | keywords)
