@@ -140,6 +140,7 @@ def test_checkpointing_saves_memory():
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at it
 @pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be instantiated")  # it does
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # inductor uses it
 @pytest.mark.parametrize(
     ("name", "every", "compiler"),
     [
