@@ -1,6 +1,6 @@
-"""How fast our models are beside the ViT of timm of the same class: latency, and a training step.
+"""How fast our models are beside one of timm: latency, and a training step.
 
-A ViTTM has the width and depth of its ViT; T2T-ViT-14 has about the parameters of ViT-S; LTM is its ViT, at ratio 0.8.
+A ViTTM has the width and depth of its ViT; T2T-ViT-14 has about the parameters of ViT-S; LTM is its base at ratio 0.8.
 
 Both models of a pair take turns on the same images, a forward pass each in eval mode, and a step of each: forward,
 backward, AdamW, as the recipes train (the loss of both heads of ViTTM). The first turn does not count. On CUDA each
@@ -35,6 +35,9 @@ PEERS = {
     "t2t_vit_t_14": "vit_small_patch16_224",
     "ltm_vit_small": "vit_small_patch16_224",
     "ltm_vit_base": "vit_base_patch16_224",
+    "ltm_swin_tiny": "swin_tiny_patch4_window7_224",
+    "ltm_mobilevit_s": "mobilevit_s",
+    "ltm_efficientvit_b1": "efficientvit_b1",
 }
 PACKAGES = ("torch", "timm")
 Pass = Callable[[], object]
@@ -56,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if bench.device.type == "cuda":
         record["hardware"] += f"; {torch.cuda.get_device_name()}"
     record["repetitions"] = options.repetitions
-    print(f"{'milliseconds':<40}{'ours':>10}{'ViT':>10}{'ratio':>8}{'from':>8}{'to':>8}")
+    print(f"{'milliseconds':<40}{'ours':>10}{'timm':>10}{'ratio':>8}{'from':>8}{'to':>8}")
     record["summary"] = {
         name: {
             "latency": [bench.latency(name, batch, n) for n in options.threads for batch in options.batches],
@@ -163,7 +166,7 @@ class Bench:
 
 
 def _report(name: str, about: dict, seconds: dict[str, list[float]], peaks: dict[str, int]) -> dict[str, Any]:
-    """Medians in milliseconds, their ratio ViT / ours, and the lowest and highest ratio of a turn."""
+    """Medians in milliseconds, their ratio timm / ours, and the lowest and highest ratio of a turn."""
     ours, theirs = name, PEERS[name]
     medians = {kind: statistics.median(values) * 1000 for kind, values in seconds.items()}
     turns = [theirs_took / ours_took for ours_took, theirs_took in zip(seconds[ours], seconds[theirs], strict=True)]

@@ -13,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.models.ltm import LTM
 from pipeline.models.precision import no_autocast
 from pipeline.models.vittm import ViTTM
 from pipeline.recipe import TokenExpansion as Options
@@ -229,6 +230,11 @@ def _blocks(model: nn.Module) -> tuple[nn.Sequential, int, int]:
         raise UserError(
             f"token expansion is for timm's ViT and DeiT, T2T-ViT and ViTTM, whose blocks take any number of tokens, "
             f"but the model is a {type(model).__name__}: leave token_expansion.steps empty, or take another model."
+        )
+    if isinstance(model, LTM) and model.chains():
+        raise UserError(
+            f"token expansion and compression_ratio={model.compression_ratio} both choose among tokens: leave "
+            "token_expansion.steps empty, or take compression_ratio 1, which merges none."
         )
     return model.blocks, 0, model.patch_embed.num_patches
 

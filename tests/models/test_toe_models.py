@@ -184,6 +184,8 @@ REFUSED = {
     "twice": (lambda: expand_tokens(expanded("vit"), TokenExpansion(**STAGES)), "has a token expansion already"),
     "one block": (lambda: expand_tokens(timm.create_model("vit_tiny_patch16_224", depth=1), TokenExpansion(**STAGES)),
                   "the model's depth is 1"),
+    "LTM": (lambda: expand_tokens(timm.create_model("ltm_vit_small", **SIZES), TokenExpansion(**STAGES)),
+            "token expansion and compression_ratio=0.8 both choose among tokens"),
     "too few tokens": (lambda: expanded("vittm", initial_keep_rate=0.01),
                        "initial_keep_rate 0.01 of 16 tokens is none"),
 }  # fmt: skip
