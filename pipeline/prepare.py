@@ -24,6 +24,7 @@ from pipeline.data.quarantine import Quarantine
 from pipeline.data.samples import Samples
 from pipeline.data.stream import TrainStream
 from pipeline.divergence import Skips, Spikes
+from pipeline.durations import Durations, make_schedule
 from pipeline.ema import EMA
 from pipeline.evaluate import Evaluator, Variants, head_names
 from pipeline.footprint import check_room, measure
@@ -35,13 +36,13 @@ from pipeline.recipe import Recipe, flatten, stages
 from pipeline.record import check_same_recipe, check_writable, keep_classes, keep_recipe, kept_metrics
 from pipeline.record.attempts import Setting, hardware
 from pipeline.record.record import Record
-from pipeline.run import Durations, Input, Learner, Run, Telemetry
+from pipeline.run import Input, Learner, Run, Telemetry
 from pipeline.telemetry.figures import Figures
 from pipeline.telemetry.flops import NO_FLOPS, Flops, peak_flops
 from pipeline.telemetry.norms import GradientNorms
 from pipeline.telemetry.pictures import AttentionMaps, AugmentedSamples, has_maps, no_maps, no_samples
 from pipeline.telemetry.profile import Profile
-from pipeline.validate import num_steps, validate
+from pipeline.validate import validate
 from shards.budget import Budget
 from shards.errors import UserError
 from shards.index import Index
@@ -201,36 +202,6 @@ def make_shuffle(recipe: Recipe, index: Index) -> Shuffle:
         return GlobalShuffle()
     shard_sizes = tuple(shard.num_samples for shard in index.split(data.train).shards)
     return WindowShuffle(shard_sizes, data.runs or default_runs(data.global_batch), data.window)
-
-
-def make_schedule(recipe: Recipe, batches_per_epoch: int) -> tuple[WarmupCosine, Durations]:
-    """Raises UserError where warm-up and cool-down leave nothing of the training between them."""
-    section, global_batch = recipe.schedule, recipe.data.global_batch
-    total = num_steps(section.length, batches_per_epoch, global_batch)
-    warmup = num_steps(section.warmup, batches_per_epoch, global_batch, total)
-    cooldown = num_steps(section.cooldown, batches_per_epoch, global_batch, total)
-    if total < 1 or warmup + cooldown >= total:
-        cooling = f" and schedule.cooldown '{section.cooldown}' {cooldown}" if cooldown else ""
-        raise UserError(
-            f"schedule.warmup '{section.warmup}' is {warmup} steps{cooling}, but schedule.length '{section.length}' is "
-            f"only {total} ({batches_per_epoch} steps an epoch): the learning rate would never be reached; train "
-            f"longer or warm up {'or cool down ' if cooldown else ''}less"
-        )
-    if section.cooldown_lr and not cooldown:
-        raise UserError(
-            f"schedule.cooldown_lr {section.cooldown_lr} would never be reached: schedule.cooldown "
-            f"'{section.cooldown}' is 0 steps; give it a length, or leave the rate at 0"
-        )
-
-    def steps(duration: str) -> int:
-        return max(1, num_steps(duration, batches_per_epoch, global_batch, total))
-
-    durations = Durations(
-        total, steps(recipe.runtime.log_every), steps(recipe.checkpoint.every), steps(recipe.evaluation.every)
-    )
-    hold = batches_per_epoch if section.cosine_per == "epoch" else 1
-    rates, cooldown_lr = (section.lr, section.warmup_lr, section.min_lr), section.cooldown_lr if cooldown else None
-    return WarmupCosine(*rates, warmup, total - cooldown, hold, cooldown_lr), durations
 
 
 def make_learner(

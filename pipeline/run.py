@@ -13,6 +13,7 @@ from pipeline.data.quarantine import Quarantine
 from pipeline.data.samples import Samples
 from pipeline.data.stream import TrainStream
 from pipeline.divergence import Skips, Spikes
+from pipeline.durations import Durations
 from pipeline.ema import EMA
 from pipeline.evaluate import Evaluator
 from pipeline.loss import Objective
@@ -25,16 +26,6 @@ from pipeline.sharded import Shard
 from pipeline.telemetry.figures import Figures
 from pipeline.telemetry.pictures import no_maps, no_samples
 from pipeline.telemetry.profile import Profile
-
-
-@dataclass(frozen=True)
-class Durations:
-    """The recipe's durations in optimizer steps."""
-
-    total: int
-    log: int
-    save: int
-    evaluate: int
 
 
 @dataclass(frozen=True)

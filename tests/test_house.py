@@ -26,7 +26,7 @@ LAYERS = (  # of pipeline, low to high: a module imports lower ones, and none of
     {"recipe", "sharded"},
     {"validate", "augment", "models", "optim", "checkpoint", "backend", "ema", "loss"},
     {"data", "footprint"},
-    {"evaluate", "bottleneck", "record", "best", "divergence", "telemetry"},
+    {"evaluate", "bottleneck", "durations", "record", "best", "divergence", "telemetry"},
     {"run", "watch", "status"},
     {"prepare", "preflight", "launch"},
     {"trainer", "predict", "export"},

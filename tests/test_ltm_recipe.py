@@ -17,10 +17,11 @@ from strategies import place
 from torch import nn
 
 from pipeline import backend
+from pipeline.durations import make_schedule
 from pipeline.models.build import make_model
 from pipeline.models.ltm.sizes import BASES
 from pipeline.optim import group
-from pipeline.prepare import make_schedule, prepare
+from pipeline.prepare import prepare
 from pipeline.recipe import Bottleneck, Recipe
 from pipeline.telemetry.flops import FORWARDS_A_STEP, forward_flops
 from pipeline.trainer import fit, leave, train

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.backend import start
+from pipeline.durations import make_schedule
 from pipeline.models.build import make_model
 from pipeline.optim import group, make_optimizer
-from pipeline.prepare import make_schedule
 from pipeline.recipe import Recipe, flatten
 from pipeline.record import read_metrics
 from pipeline.telemetry.flops import FORWARDS_A_STEP, forward_flops

@@ -14,9 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pipeline import backend
+from pipeline.durations import make_schedule
 from pipeline.models.build import make_model
 from pipeline.optim import group, make_optimizer
-from pipeline.prepare import make_schedule
 from pipeline.recipe import Recipe
 from pipeline.telemetry.flops import FORWARDS_A_STEP, forward_flops
 from pipeline.trainer import fit, leave

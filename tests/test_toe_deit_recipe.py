@@ -15,10 +15,11 @@ from board import Board
 from safetensors.torch import load_file
 
 from pipeline import backend
+from pipeline.durations import make_schedule
 from pipeline.models.build import make_model
 from pipeline.models.stages import check_image_sizes
 from pipeline.models.toe import TokenExpansion, TokenStages
-from pipeline.prepare import make_schedule, prepare
+from pipeline.prepare import prepare
 from pipeline.recipe import Recipe, stages
 from pipeline.recipe import TokenExpansion as TokenOptions
 from pipeline.report.cost import cost_of

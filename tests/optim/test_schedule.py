@@ -5,8 +5,8 @@ import math
 
 import pytest
 
+from pipeline.durations import make_schedule
 from pipeline.optim import WarmupCosine
-from pipeline.prepare import make_schedule
 from pipeline.recipe import Data, Recipe, Schedule
 from pipeline.validate import validate
 
