@@ -55,7 +55,7 @@ NARROW: dict[str, dict[str, Any]] = {
 """What makes a debug form of each model."""
 LEARNT: dict[str, dict[str, Any]] = {
     "vit": {"length": "60 epochs", "lr": 2e-3},
-    "swin": {"length": "20 epochs", "lr": 1e-3},
+    "swin": {"length": "30 epochs", "lr": 1e-3},
     "mobilevit": {"length": "20 epochs", "lr": 2e-3},
     "efficientvit": {"length": "20 epochs", "lr": 2e-3},
 }
