@@ -37,7 +37,6 @@ def make_schedule(recipe: Recipe, batches_per_epoch: int) -> tuple[WarmupCosine,
             f"schedule.cooldown_lr {section.cooldown_lr} would never be reached: schedule.cooldown "
             f"'{section.cooldown}' is 0 steps; give it a length, or leave the rate at 0"
         )
-
     if cooldown and not section.cooldown_lr:
         raise UserError(
             f"schedule.cooldown '{section.cooldown}' is {cooldown} steps at schedule.cooldown_lr 0, in which nothing "

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from pipeline.models.build import make_model
 from pipeline.models.ltm.sizes import BASES
+from pipeline.models.stages import on_meta
 from pipeline.recipe import Augment, Model, Recipe
 from pipeline.telemetry.flops import forward_flops
 
@@ -106,9 +106,7 @@ def _print_model(name: str, side: int, rows: Sequence[Authors]) -> None:
 def cost(name: str, side: int, ratio: float) -> tuple[float, float]:
     """Millions of parameters, and GMACs as the table counts them, at a compression ratio; 1 is the base."""
     recipe = Recipe(augment=Augment(image_size=side), model=Model(name=name, compression_ratio=ratio))
-    with torch.device("meta"):
-        model = make_model(recipe, NUM_CLASSES)
-        images = torch.empty(BATCH, 3, side, side)
+    model, images = on_meta(recipe, NUM_CLASSES, BATCH)
     macs = layer_macs(model, images) if "mobilevit" in name else forward_flops(recipe, NUM_CLASSES, BATCH) / 2
     return sum(parameter.numel() for parameter in model.parameters()) / 1e6, macs / 1e9
 

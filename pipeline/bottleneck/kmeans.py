@@ -68,8 +68,9 @@ def _move(share: Share, centroids: Tensor) -> Tensor:
     for rows, number in share.chunks():
         nearest = (rows @ centroids.mT).argmax(dim=1)
         sums.index_add_(0, nearest[:number], summable(rows[:number]))
-    share.world.total(sums)
-    return torch.where(sums.any(dim=1, keepdim=True), F.normalize(sums, dim=1).float(), centroids)
+    filled = share.world.total(sums).any(dim=1, keepdim=True)
+    F.normalize(sums, dim=1, out=sums)  # in place: of pixels, another copy would be gigabytes
+    return torch.where(filled, sums.float(), centroids)
 
 
 def summable(values: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class ViTBlock(Merging, Block):
     shrinks = True
     num_prefix_tokens: int
 
-    def forward(self, x: Tensor, previous: Merges | None = None) -> Merged:  # type: ignore[override]
+    def forward(self, x: Tensor, previous: Merges | None = None) -> Merged:  # type: ignore[override] # the mask, too
         """(B, prefix + N, D) -> (B, prefix + P, D)."""
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
         prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
@@ -61,7 +61,7 @@ class ViTBlock(Merging, Block):
 class MobileViTBlock(Merging, Block):
     """Of MobileViT, whose attention is among the pixels that have the same place in their patches of 2 x 2."""
 
-    def forward(self, x: Tensor, previous: Merges | None = None) -> Merged:  # type: ignore[override]
+    def forward(self, x: Tensor, previous: Merges | None = None) -> Merged:  # type: ignore[override] # the mask, too
         """(B S, N, D) -> the same."""
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
         mask = self.mask(x, previous)
@@ -80,7 +80,7 @@ class SwinBlock(Merging, SwinTransformerBlock):
     that a mask is about the same tokens as the one before it. A window is the largest that divides the map and is not
     larger than that of attention: 4 of 8 places a side where attention has 7, and of 11 places 1, which merges none."""
 
-    def forward(self, x: Tensor, previous: Merges | None = None) -> Merged:  # type: ignore[override]
+    def forward(self, x: Tensor, previous: Merges | None = None) -> Merged:  # type: ignore[override] # the mask, too
         """(B, rows, columns, D) -> the same."""
         x = x + self.drop_path1(self._attn(self.norm1(x)))
         batch, rows, columns, width = x.shape
